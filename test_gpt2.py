@@ -618,7 +618,7 @@ def test_ten_steps_of_training_follow_torch():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
         adamw.step()
-        theirs.append(float(loss))
+        theirs.append(loss.item())
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert ours[-1] < ours[0] - 0.3
 

@@ -57,7 +57,7 @@ from prepro_tinyshakespeare import TOKENIZERS, Refused, Tokens, find_tokens, rea
 # is cut depends on the shapes alone and never on the number of threads; therefore the results do
 # not either, to the bit.
 
-PIECE = 1 << 17  # elements of a block for elementwise work: smaller ones fight over Python's lock
+PIECE = 1 << 16  # elements of a block, at least, for elementwise work: smaller fight over the lock
 
 
 class Pool:
@@ -104,26 +104,26 @@ parallel = Pool(usable_cpus())
 
 
 def split(n, pieces):
-    """range(n) as about so many slices, a power of two, so that 2, 4 or 8 threads end together."""
-    pieces = min(n, 1 << round(math.log2(max(1, pieces))))
+    """range(n) as at most so many slices: a power of two, so that 2, 4 or 8 threads end together."""
+    pieces = 1 << int(math.log2(max(1, min(n, pieces))))
     return [slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
 
 def row_blocks(rows, width=1):
-    """The rows of an array in blocks of about PIECE elements, as arguments for `parallel`."""
+    """The rows of an array in blocks of PIECE elements or more, as arguments for `parallel`."""
     return [(block,) for block in split(rows, rows * width / PIECE)]
 
 
 def matmul(out, a, b, bias=None, add=False):
     """out = a @ b (+ bias), or out += a @ b; a (M,J), b (J,K), bias (K,) -> out (M,K).
 
-    In up to 16 pieces. Each reads one of the operands whole, so it is the smaller one that is read
-    again and again: wide products are cut by columns, tall ones by rows.
+    Wide products are cut by columns, tall ones by rows, as each piece reads the uncut operand whole:
+    it is the smaller one. Large pieces run faster, so their size grows with the product too.
     """
     if out.strides[0] < out.strides[1]:  # a transposed view; (a b)^T = b^T a^T lies as memory does
         out, a, b = out.T, b.T, a.T
     (M, J), K = a.shape, b.shape[1]
-    pieces, whole = min(16, M * J * K / 2**22), slice(None)
+    pieces, whole = min(16, max(M, K) / 64, math.sqrt(M * J * K / 2**22)), slice(None)
 
     def piece(rows, cols):
         if add:
@@ -240,12 +240,13 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
 # This happens in H heads side by side, each on its own D of the C channels.
 
 QUERIES = 64  # positions t computed together; they need keys only up to the last of them
+AHEAD = np.triu(np.full((QUERIES, QUERIES), -np.inf, np.float32), 1)  # hides what comes later
 
 
 def attention_cut(q, k):
     """Pieces (batch, heads) for `parallel`, and the blocks of queries (and their keys) in each."""
     (B, H, T, _), S = q.shape, k.shape[2]
-    pieces = B * H * min(T, QUERIES) * S / (PIECE / 4)
+    pieces = B * H * min(T, QUERIES) * S / PIECE
     return ([(batch, heads) for batch in split(B, pieces) for heads in split(H, pieces / B)],
             [(slice(t, min(t + QUERIES, T)), slice(0, S - T + min(t + QUERIES, T)))
              for t in range(0, T, QUERIES)])
@@ -260,7 +261,7 @@ def attention_scores(q, k):
     """Step 1: q (..,t,D), k (..,s,D) -> (..,t,s). The last t keys stand where the queries do."""
     t, scale = q.shape[-2], 1 / math.sqrt(q.shape[-1])
     scores = (q * scale) @ k.swapaxes(-1, -2)
-    scores[..., -t:] += np.triu(np.full((t, t), -np.inf, q.dtype), 1)  # hides what comes later
+    scores[..., -t:] += AHEAD[:t, :t]
     return scores
 
 
