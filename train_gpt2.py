@@ -61,26 +61,36 @@ PIECE = 1 << 16  # elements of a block, at least, for elementwise work: smaller 
 
 
 class Pool:
-    """`pool(work, pieces)` calls work(*piece) for every piece, on `threads` threads."""
+    """`pool(work, pieces)` calls work(*piece) for every piece, on `threads` threads.
+
+    A call from within a piece is no further cause for threads: it does its pieces one by one.
+    """
 
     def __init__(self, threads):
         self.threads, self.inboxes, self.done = threads, [], queue.SimpleQueue()
+        self.at_work = False
         # glibc gives large arrays fresh pages and takes them back, at a page fault per 4 KB, unless
         # it has seen one as large be freed. After this one, temporaries are recycled.
         np.empty(31 << 20, np.uint8)
 
     def __call__(self, work, pieces):
         pieces = list(pieces)
+        if self.at_work or len(pieces) < 2:
+            for piece in pieces:
+                work(*piece)
+            return
         helpers = min(self.threads, len(pieces)) - 1
         while len(self.inboxes) < helpers:
             self.inboxes.append(queue.SimpleQueue())
             threading.Thread(target=self._serve, args=(self.inboxes[-1],), daemon=True).start()
         job = work, pieces, itertools.count().__next__  # the counter deals each piece out once
+        self.at_work = True
         for inbox in self.inboxes[:helpers]:
             inbox.put(job)
-        for error in [self._work(*job), *(self.done.get() for _ in range(helpers))]:
-            if error:
-                raise error
+        errors = [self._work(*job), *(self.done.get() for _ in range(helpers))]
+        self.at_work = False
+        for error in filter(None, errors):
+            raise error
 
     @staticmethod
     def _work(work, pieces, next_number):
@@ -118,12 +128,14 @@ def matmul(out, a, b, bias=None, add=False):
     """out = a @ b (+ bias), or out += a @ b; a (M,J), b (J,K), bias (K,) -> out (M,K).
 
     Wide products are cut by columns, tall ones by rows, as each piece reads the uncut operand whole:
-    it is the smaller one. Large pieces run faster, so their size grows with the product too.
+    it is the smaller one. Large pieces run faster, so their size grows with the product too; when
+    all threads are at work anyway, there is just one.
     """
     if out.strides[0] < out.strides[1]:  # a transposed view; (a b)^T = b^T a^T lies as memory does
         out, a, b = out.T, b.T, a.T
     (M, J), K = a.shape, b.shape[1]
     pieces, whole = min(16, max(M, K) / 64, math.sqrt(M * J * K / 2**22)), slice(None)
+    pieces = 1 if parallel.at_work else pieces
 
     def piece(rows, cols):
         if add:
@@ -171,12 +183,14 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, eps=1e-5):
     Ba et al. 2016, equation 4.
     """
     def piece(rows):
-        x = inp[rows]
+        x, y = inp[rows], out[rows]
         mean[rows] = x.mean(axis=1, keepdims=True)
-        centered = x - mean[rows]
-        var = np.vecdot(centered, centered)[:, None] / x.shape[1]
+        np.subtract(x, mean[rows], out=y)
+        var = np.vecdot(y, y)[:, None] / x.shape[1]
         rstd[rows] = 1 / np.sqrt(var + eps)
-        out[rows] = centered * rstd[rows] * weight + bias
+        y *= rstd[rows]
+        y *= weight
+        y += bias
     parallel(piece, row_blocks(*inp.shape))
 
 
@@ -200,11 +214,14 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
     sums = np.empty((len(blocks), 2, inp.shape[1]), inp.dtype)  # each block's dweight and dbias
 
     def piece(i, rows):
-        dy, xhat = dout[rows], (inp[rows] - mean[rows]) * rstd[rows]
+        dy, xhat = dout[rows], inp[rows] - mean[rows]
+        xhat *= rstd[rows]
         sums[i] = (dy * xhat).sum(axis=0), dy.sum(axis=0)
-        dxhat = dy * weight
-        along = np.vecdot(dxhat, xhat)[:, None] / xhat.shape[1]
-        dinp[rows] = rstd[rows] * (dxhat - dxhat.mean(axis=1, keepdims=True) - xhat * along)
+        dxhat = np.multiply(dy, weight, out=dinp[rows])
+        xhat *= np.vecdot(dxhat, xhat)[:, None] / xhat.shape[1]  # its part along xhat
+        dxhat -= dxhat.mean(axis=1, keepdims=True)
+        dxhat -= xhat
+        dxhat *= rstd[rows]
     parallel(piece, [(i, rows) for i, (rows,) in enumerate(blocks)])
     dweight += sums[:, 0].sum(axis=0)
     dbias += sums[:, 1].sum(axis=0)
@@ -322,16 +339,22 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
 
 
 # GELU is x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since (1 + tanh(u))/2 =
-# sigmoid(2u) exactly, it is x sigmoid(z) with z = 2u = x (GELU_1 + GELU_3 x^2): one exponential.
+# sigmoid(2u) exactly, it is x / (1 + exp(-z)) with z = 2u = x (GELU_1 + GELU_3 x^2): one
+# exponential. An expression would take a new array for each of its steps; here one takes all.
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
 
 
-def sigmoid(z):
-    """1 / (1 + exp(-z)); where exp overflows to infinity, the 0 that results is right."""
+def one_plus_exp(out, x):
+    """out = 1 + exp(-z(x)). Where exp overflows to infinity, the 0 that results is right."""
+    np.multiply(x, x, out=out)
+    out *= -GELU_3
+    out -= GELU_1
+    out *= x  # -z
     with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-z))
+        np.exp(out, out=out)
+    out += 1
 
 
 def gelu_forward(out, inp):
@@ -340,21 +363,28 @@ def gelu_forward(out, inp):
     inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form that GPT-2 has.
     """
     def piece(rows):
-        x = inp[rows]
-        out[rows] = x * sigmoid(x * (GELU_1 + GELU_3 * x * x))
+        one_plus_exp(out[rows], inp[rows])
+        np.divide(inp[rows], out[rows], out=out[rows])
     parallel(piece, row_blocks(*inp.shape))
 
 
-# out = x s(z), and the sigmoid's own derivative is ds/dz = s (1 - s), so
-#     dout/dx = s + x s (1 - s) dz/dx,   dz/dx = GELU_1 + 3 GELU_3 x^2
+# out = x s(z) with the sigmoid s = 1 / (1 + exp(-z)), whose own derivative is ds/dz = s (1 - s), so
+#     dout/dx = s + x s (1 - s) dz/dx = s (1 + (1 - s) x dz/dx),   dz/dx = GELU_1 + 3 GELU_3 x^2
 
 def gelu_backward(dinp, dout, inp):
     """Writes dinp (N,K), which may be dout itself. s is computed again rather than kept."""
     def piece(rows):
         x = inp[rows]
-        x2 = x * x
-        s = sigmoid(x * (GELU_1 + GELU_3 * x2))
-        dinp[rows] = dout[rows] * (s + x * s * (1 - s) * (GELU_1 + 3 * GELU_3 * x2))
+        s, slope = np.empty_like(x), x * x
+        one_plus_exp(s, x)
+        np.divide(1, s, out=s)
+        slope *= 3 * GELU_3
+        slope += GELU_1
+        slope *= x  # x dz/dx
+        slope -= slope * s
+        slope += 1
+        slope *= s  # dout/dx
+        np.multiply(dout[rows], slope, out=dinp[rows])
     parallel(piece, row_blocks(*inp.shape))
 
 
@@ -394,20 +424,22 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 # The block. A stream x (N,C) runs up through the network. Every block reads it twice and adds what
 # it finds: first from other positions (attention), then from the position itself (the MLP, 4C wide
 # inside). p are the block's parameters and g their gradients, in pairs of weight and bias; a are
-# its activations.
+# its activations. Backward needs nearly all of those again, 16C numbers a position and block. But
+# 6C of them, the outputs of the layernorms and of GELU, are quickly made again from the others. So
+# they are not kept: all blocks share one array for each.
 
 def block_forward(a, x, p):
     """x (N,C) -> a["x"] (N,C). Radford et al. 2019, section 2.3: layernorms inside the branches."""
-    layernorm_forward(a["ln_1"], *a["ln_1.stats"], x, *p["ln_1"])
-    linear_forward(a["qkv"], a["ln_1"], *p["attn.c_attn"])
+    layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
+    linear_forward(a["qkv"], a["norm"], *p["attn.c_attn"])
     attention_forward(a["attn"], a["attn.lse"], *np.split(a["qkv"], 3, axis=1))
-    linear_forward(a["branch"], a["attn"], *p["attn.c_proj"])
-    np.add(x, a["branch"], out=a["mid"])
-    layernorm_forward(a["ln_2"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
-    linear_forward(a["fc"], a["ln_2"], *p["mlp.c_fc"])
+    linear_forward(a["mid"], a["attn"], *p["attn.c_proj"])
+    a["mid"] += x
+    layernorm_forward(a["norm"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
+    linear_forward(a["fc"], a["norm"], *p["mlp.c_fc"])
     gelu_forward(a["gelu"], a["fc"])
-    linear_forward(a["branch"], a["gelu"], *p["mlp.c_proj"])
-    np.add(a["mid"], a["branch"], out=a["x"])
+    linear_forward(a["x"], a["gelu"], *p["mlp.c_proj"])
+    a["x"] += a["mid"]
 
 
 # The stream forks at every branch: x' = x + branch(x), so dx = dx' + (dx' taken back through
@@ -416,17 +448,49 @@ def block_forward(a, x, p):
 
 def block_backward(dx, g, a, x, p):
     """Turns dx (N,C), the gradient of the block's output, into that of its input x (N,C)."""
-    dbranch, qkv, dqkv = a["branch"], np.split(a["qkv"], 3, axis=1), np.split(a["d.qkv"], 3, axis=1)
+    dbranch, qkv, dqkv = a["d.branch"], np.split(a["qkv"], 3, axis=1), np.split(a["d.qkv"], 3, axis=1)
+    gelu_forward(a["gelu"], a["fc"])
     linear_backward(a["d.fc"], *g["mlp.c_proj"], dx, a["gelu"], p["mlp.c_proj"][0])
     gelu_backward(a["d.fc"], a["d.fc"], a["fc"])
-    linear_backward(dbranch, *g["mlp.c_fc"], a["d.fc"], a["ln_2"], p["mlp.c_fc"][0])
+    layernorm_forward(a["norm"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
+    linear_backward(dbranch, *g["mlp.c_fc"], a["d.fc"], a["norm"], p["mlp.c_fc"][0])
     layernorm_backward(dbranch, *g["ln_2"], dbranch, a["mid"], *a["ln_2.stats"], p["ln_2"][0])
     dx += dbranch
     linear_backward(dbranch, *g["attn.c_proj"], dx, a["attn"], p["attn.c_proj"][0])
     attention_backward(*dqkv, dbranch, a["attn"], a["attn.lse"], *qkv)
-    linear_backward(dbranch, *g["attn.c_attn"], a["d.qkv"], a["ln_1"], p["attn.c_attn"][0])
+    layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
+    linear_backward(dbranch, *g["attn.c_attn"], a["d.qkv"], a["norm"], p["attn.c_attn"][0])
     layernorm_backward(dbranch, *g["ln_1"], dbranch, x, *a["ln_1.stats"], p["ln_1"][0])
     dx += dbranch
+
+
+# The network: the embedding, the blocks, a last layernorm, and the head, which scores every token
+# of the vocabulary: it is the embedding turned round. `blocks` has (g, a, x, p) for each.
+
+def network_forward(a, blocks, p, ids, targets=None):
+    """ids (B,T) -> a["logits"] (N,V), and with targets (N,) a["losses"] (N,)."""
+    embedding_forward(a["embedded"], ids, p["wte.weight"], p["wpe.weight"])
+    for _, *block in blocks:
+        block_forward(*block)
+    layernorm_forward(a["ln_f"], *a["ln_f.stats"], a["x"], p["ln_f.weight"], p["ln_f.bias"])
+    linear_forward(a["logits"], a["ln_f"], p["wte.weight"].T)
+    if targets is not None:
+        crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], targets)
+
+
+# wte is used twice, so it gets two gradients: from the head here at the start, and in the end from
+# the embedding. The logits turn into their own gradient in place, as the largest array there is.
+
+def network_backward(g, a, blocks, p, ids, targets, dloss):
+    """Adds to every gradient in g; dloss is each loss's own."""
+    dlogits, dx = a["logits"], a["dx"]
+    crossentropy_backward(dlogits, dloss, a["logits.lse"], a["logits"], targets)
+    linear_backward(dx, g["wte.weight"].T, None, dlogits, a["ln_f"], p["wte.weight"].T)
+    layernorm_backward(dx, g["ln_f.weight"], g["ln_f.bias"], dx, a["x"], *a["ln_f.stats"],
+                       p["ln_f.weight"])
+    for block in reversed(blocks):
+        block_backward(dx, *block)
+    embedding_backward(g["wte.weight"], g["wpe.weight"], dx, ids)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -474,12 +538,12 @@ def activation_table(config, B, T):
     N, C, H = B * T, config.n_embd, config.n_head
     return {"embedded": (N, C),
             **for_each_block(config, {
-                "ln_1": (N, C), "ln_1.stats": (2, N, 1), "qkv": (N, 3 * C), "attn": (N, C),
-                "attn.lse": (B, H, T, 1), "mid": (N, C), "ln_2": (N, C), "ln_2.stats": (2, N, 1),
-                "fc": (N, 4 * C), "gelu": (N, 4 * C), "x": (N, C)}),
-            "ln_f": (N, C), "ln_f.stats": (2, N, 1),
-            "logits": (N, config.vocab_size), "logits.lse": (N, 1), "losses": (N,), "dx": (N, C),
-            "shared.branch": (N, C), "shared.d.fc": (N, 4 * C), "shared.d.qkv": (N, 3 * C)}
+                "ln_1.stats": (2, N, 1), "qkv": (N, 3 * C), "attn": (N, C),
+                "attn.lse": (B, H, T, 1), "mid": (N, C), "ln_2.stats": (2, N, 1),
+                "fc": (N, 4 * C), "x": (N, C)}),
+            "ln_f": (N, C), "ln_f.stats": (2, N, 1), "logits.lse": (N, 1), "dx": (N, C),
+            "shared.norm": (N, C), "shared.d.branch": (N, C), "shared.gelu": (N, 4 * C),
+            "shared.d.fc": (N, 4 * C), "shared.d.qkv": (N, 3 * C)}
 
 
 def size(table):
@@ -523,7 +587,8 @@ class GPT2:
         self.flat_grads, self.flat_m, self.flat_v = (np.zeros_like(self.flat_params) for _ in "gmv")
         self.params = carve(self.flat_params, self.table)
         self.grads = carve(self.flat_grads, self.table)
-        self.flat_acts, self.shape, self.targets = np.empty(0, dtype), None, None
+        self.flat_acts, self.more_grads = np.empty(0, dtype), []
+        self.shape = self.targets = None
         self._initialize(np.random.default_rng(seed))
 
     def _initialize(self, rng):
@@ -539,20 +604,37 @@ class GPT2:
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
     def _make_room(self, B, T):
-        """Activations for (B,T), carved from one array that is kept from call to call."""
-        if self.shape != (B, T):
-            table = activation_table(self.config, B, T)
-            if self.flat_acts.size < size(table):
-                self.flat_acts = np.empty(size(table), self.flat_params.dtype)
-            self.shape, self.acts = (B, T), carve(self.flat_acts, table)
+        """Activations for (B,T), carved from one array that is kept from call to call.
 
-    def _blocks(self):
-        """From the first block to the last: its gradients, activations, input and parameters."""
-        x, shared = self.acts["embedded"], under("shared.", self.acts)
-        for i in range(self.config.n_layer):
-            g, a, p = (under(f"h.{i}.", views) for views in (self.grads, self.acts, self.params))
-            yield pairs(g), a | shared, x, pairs(p)
-            x = a["x"]
+        Sequences meet only in the gradients. So where parameters are few beside activations, the
+        batch is cut into parts that pass through the whole network each on its thread, with
+        gradients of their own, added up in the end: layers need not wait for each other's pieces.
+        """
+        if self.shape == (B, T):
+            return
+        self.shape, N, config = (B, T), B * T, self.config
+        ratio = size(activation_table(config, B, T)) / self.flat_params.size
+        cut = split(B, min(8, N / 256, ratio / 3))
+        table = {"logits": (N, config.vocab_size), "losses": (N,)}
+        for i, part in enumerate(cut):
+            part_table = activation_table(config, part.stop - part.start, T)
+            table |= {f"{i}.{name}": shape for name, shape in part_table.items()}
+        if self.flat_acts.size < size(table):
+            self.flat_acts = np.empty(size(table), self.flat_params.dtype)
+        acts = carve(self.flat_acts, table)
+        self.logits_and_losses = acts["logits"], acts["losses"]
+        self.more_grads += [np.zeros_like(self.flat_grads) for _ in cut[1 + len(self.more_grads):]]
+        self.parts = []
+        for i, part in enumerate(cut):
+            rows, a = slice(part.start * T, part.stop * T), under(f"{i}.", acts)
+            g = carve(self.more_grads[i - 1], self.table) if i else self.grads
+            blocks, x, shared = [], a["embedded"], under("shared.", a)
+            for h in range(config.n_layer):
+                g_h, a_h, p_h = (under(f"h.{h}.", views) for views in (g, a, self.params))
+                blocks.append((pairs(g_h), a_h | shared, x, pairs(p_h)))
+                x = a_h["x"]
+            a |= {"x": x, "logits": acts["logits"][rows], "losses": acts["losses"][rows]}
+            self.parts.append((part, rows, g, a, blocks))
 
     def _checked(self, ids):
         """ids as an array (B,T) of tokens this model knows, or Refused."""
@@ -572,17 +654,14 @@ class GPT2:
         if targets is not None and self.targets.shape != self.ids.shape:
             raise Refused(f"targets {self.targets.shape} are not of ids' shape {self.ids.shape}")
         self._make_room(*self.ids.shape)
-        a, p = self.acts, self.params
-        embedding_forward(a["embedded"], self.ids, p["wte.weight"], p["wpe.weight"])
-        for _, acts, x, params in self._blocks():
-            block_forward(acts, x, params)
-        layernorm_forward(a["ln_f"], *a["ln_f.stats"], acts["x"], p["ln_f.weight"], p["ln_f.bias"])
-        linear_forward(a["logits"], a["ln_f"], p["wte.weight"].T)  # the head: the embedding, turned
-        self.logits = a["logits"].reshape(*self.ids.shape, -1)
-        if targets is None:
-            return self.logits
-        crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], self.targets.ravel())
-        return float(a["losses"].mean())
+
+        def part(sequences, rows, _, a, blocks):
+            network_forward(a, blocks, self.params, self.ids[sequences],
+                            None if targets is None else self.targets.ravel()[rows])
+        parallel(part, self.parts)
+        logits, losses = self.logits_and_losses
+        self.logits = logits.reshape(*self.ids.shape, -1)
+        return self.logits if targets is None else float(losses.mean())
 
     def backward(self, dloss=1.0, accumulate=False):
         """Fills grads with dloss times the gradient of forward's loss, or adds that to them.
@@ -590,18 +669,23 @@ class GPT2:
         The logits turn into their own gradient, so every backward needs a forward before it.
         """
         assert self.targets is not None, "backward() without a forward(ids, targets) before it"
-        g, a, p = self.grads, self.acts, self.params
-        if not accumulate:
-            parallel(lambda block: self.flat_grads[block].fill(0), row_blocks(self.flat_grads.size))
-        crossentropy_backward(a["logits"], dloss / self.ids.size, a["logits.lse"], a["logits"],
-                              self.targets.ravel())
-        linear_backward(a["dx"], g["wte.weight"].T, None, a["logits"], a["ln_f"], p["wte.weight"].T)
-        blocks = list(self._blocks())
-        layernorm_backward(a["dx"], g["ln_f.weight"], g["ln_f.bias"], a["dx"],
-                           blocks[-1][1]["x"], *a["ln_f.stats"], p["ln_f.weight"])
-        for block in reversed(blocks):
-            block_backward(a["dx"], *block)
-        embedding_backward(g["wte.weight"], g["wpe.weight"], a["dx"], self.ids)
+        more_grads, each = self.more_grads[:len(self.parts) - 1], dloss / self.ids.size
+
+        def clear(block):
+            for flat in more_grads if accumulate else [self.flat_grads, *more_grads]:
+                flat[block] = 0
+
+        def part(sequences, rows, g, a, blocks):
+            network_backward(g, a, blocks, self.params, self.ids[sequences],
+                             self.targets.ravel()[rows], each)
+
+        def add_up(block):
+            for flat in more_grads:
+                self.flat_grads[block] += flat[block]
+        blocks = row_blocks(self.flat_grads.size)
+        parallel(clear, blocks)
+        parallel(part, self.parts)
+        parallel(add_up, blocks)
         self.targets = self.logits = None
 
     def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
