@@ -3,16 +3,20 @@
     pytest                  # everything
     pytest -k layernorm     # what has to do with layernorm
     python test_gpt2.py     # a table for people: each gradient of the 124M shape beside PyTorch's
+    python test_gpt2.py --bench   # the speed of both
 
 The first part is the second half of the teaching text: the network of train_gpt2.py, in the same
 order and under the same names, written with PyTorch's own functions and differentiated by autograd.
 """
+import argparse
 import csv
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -447,6 +451,7 @@ CONFIGS = {  # config, B, T
     "full context": (gpt2.GPTConfig(257, 64, 32, 3, 4), 3, 64),
     "several blocks of queries": (gpt2.GPTConfig(61, 200, 24, 2, 2), 2, 150),
     "several pieces": (gpt2.GPTConfig(1031, 64, 128, 1, 4), 12, 64),
+    "several parts": (gpt2.GPTConfig(31, 128, 36, 2, 3), 11, 128),
 }
 
 
@@ -463,6 +468,25 @@ def test_model_shapes_may_change_from_call_to_call():
     model = perturbed(SMALL)
     for B, T in [(2, 5), (4, 8), (1, 1), (3, 4), (2, 5)]:
         gradients_agree(model, *random_ids(SMALL, B, T, seed=B * T), 1e-9)
+
+
+def test_a_batch_in_parts_has_the_gradient_of_its_sequences():
+    """One forward over 11 sequences in several parts, against each sequence by itself. Measured: 2e-15."""
+    config, B, T = CONFIGS["several parts"]
+    whole, single = perturbed(config), perturbed(config)
+    ids, targets = random_ids(config, B, T)
+    for accumulate in (False, True):  # added onto itself, the gradient is twice as large
+        loss = whole.forward(ids, targets)
+        logits = whole.logits.copy()
+        whole.backward(accumulate=accumulate)
+    assert len(whole.parts) == 4
+    losses = []
+    for b in range(B):
+        losses.append(single.forward(ids[b:b + 1], targets[b:b + 1]))
+        agree({"logits": logits[b]}, {"logits": single.logits[0]}, 1e-13)
+        single.backward(2 / B, accumulate=b > 0)
+    assert len(single.parts) == 1 and abs(np.mean(losses) - loss) < 1e-13
+    agree(whole.grads, single.grads, 1e-13)
 
 
 def test_backward_twice_gives_the_same_gradients():
@@ -1006,5 +1030,182 @@ def table(config=gpt2.GPTConfig(), B=4, T=64, tolerance=1e-4):
     return good
 
 
+# ------------------------------------------------------------------------------------------------
+# The benchmark: this trainer and PyTorch, each in a process of its own, take steps in turn.
+
+BENCH = {  # L, H, C, V, B, T, steps in a turn
+    "baby": (4, 4, 128, 257, 12, 64, 40), "baby384": (6, 6, 384, 257, 16, 256, 2),
+    "124M": (12, 12, 768, 50257, 4, 64, 2), "124M-long": (12, 12, 768, 50257, 1, 1024, 1)}
+LR, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
+
+
+def our_trainer(model):
+    """A function (ids, targets) -> loss that takes one step."""
+    def step(ids, targets):
+        loss = model.forward(ids, targets)
+        model.backward()
+        model.update(LR, *BETAS, weight_decay=DECAY, grad_clip=CLIP)
+        return loss
+    return step
+
+
+def torch_trainer(model, compiled):
+    """The same step with PyTorch at its best on a CPU."""
+    config, p = model.config, torch_params(model)
+    optimizer = torch.optim.AdamW(
+        [{"params": [x for x in p.values() if x.ndim == 2], "weight_decay": DECAY},
+         {"params": [x for x in p.values() if x.ndim == 1], "weight_decay": 0}],
+        lr=LR, betas=BETAS, fused=True)
+    network = torch.compile(torch_gpt2) if compiled else torch_gpt2
+
+    def step(ids, targets):
+        optimizer.zero_grad(set_to_none=True)
+        loss = network(p, config, torch.tensor(ids), torch.tensor(targets))[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(p.values(), CLIP)
+        optimizer.step()
+        return loss.item()
+    return step
+
+
+def without_all_but_products():
+    """Leaves of the layers only the linear ones, and of those only the products of matrices."""
+    product = gpt2.matmul
+    gpt2.matmul = lambda out, a, b, bias=None, add=False: product(out, a, b)
+    for name in vars(gpt2).copy():
+        if re.fullmatch("(embedding|layernorm|attention|gelu|crossentropy)_(for|back)ward", name):
+            setattr(gpt2, name, lambda *args: None)
+    linear_backward = gpt2.linear_backward
+    gpt2.linear_backward = lambda dinp, dw, db, *rest: linear_backward(dinp, dw, None, *rest)
+
+
+def time_each_layer(model, step, batch):
+    """{kind of layer: its share of our step}. What parts of a batch do side by side counts once."""
+    seconds, start = dict.fromkeys(["linear", "attention", "layernorm", "gelu", "crossentropy",
+                                    "embedding", "adamw"], 0.0), time.perf_counter()
+    for name, function in vars(gpt2).copy().items():
+        kind = "adamw" if name == "global_norm" else name.partition("_")[0]
+        if kind in seconds and callable(function):
+            def timed(*args, kind=kind, function=function):
+                begin, side_by_side = time.perf_counter(), gpt2.parallel.at_work
+                result = function(*args)
+                took = time.perf_counter() - begin
+                width = min(gpt2.parallel.threads, len(model.parts)) if side_by_side else 1
+                seconds[kind] += took / width
+                return result
+            setattr(gpt2, name, timed)
+    for _ in range(3):
+        step(*batch())
+    total = time.perf_counter() - start
+    return {kind: s / total for kind, s in seconds.items()}
+
+
+def bench_worker(which, shape, threads):
+    """Reads how many steps to take, line by line, and answers each with JSON."""
+    L, H, C, V, B, T = shape
+    model = gpt2.GPT2(gpt2.GPTConfig(V, T, C, L, H))
+    gpt2.parallel.threads = threads
+    torch.set_num_threads(threads)
+    rng, losses = np.random.default_rng(0), []
+
+    def batch():
+        return rng.integers(V, size=(2, B, T))
+    if which == "floor":
+        without_all_but_products()
+
+        def step(ids, targets):
+            model.forward(ids, targets)
+            model.backward(accumulate=True)
+    else:
+        step = our_trainer(model) if which == "ours" else torch_trainer(model, which == "compiled")
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            ids, targets = batch()
+            start = time.perf_counter()
+            losses.append(step(ids, targets))
+            times.append(1e3 * (time.perf_counter() - start))
+        answer = {"ms": times, "loss": losses[-1] if losses else None, "peak": peak_memory()}
+        if not times and which == "ours":
+            answer["shares"] = time_each_layer(model, step, batch)
+        print(json.dumps(answer), flush=True)
+
+
+def peak_memory():
+    """The most memory this process has had, in MB; nan where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def bench_one(name, shape, in_turn, turns, threads, compiled):
+    """Measures one configuration and prints its row and where our time goes."""
+    rivals = ("ours", "compiled" if compiled else "torch", "floor")
+    workers = [subprocess.Popen(
+        [sys.executable, __file__, "--bench_worker", which, "--config", ",".join(map(str, shape)),
+         "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for which in rivals]
+
+    def ask(worker, steps):
+        print(steps, file=worker.stdin, flush=True)
+        return json.loads(worker.stdout.readline())
+    for worker in workers:
+        ask(worker, 3)  # warms up
+    answers = []
+    for turn in range(turns):
+        print(f"{name}: turn {turn + 1} of {turns}", end="\r", file=sys.stderr, flush=True)
+        answers.append([ask(worker, in_turn) for worker in workers])
+    shares = ask(workers[0], 0)["shares"]
+    for worker in workers:
+        worker.communicate()
+    ours, torchs, floor = ([np.median(a["ms"]) for a in column] for column in zip(*answers))
+    ratios = np.array(torchs) / ours
+    last, tokens = answers[-1], shape[4] * shape[5]
+    ms = [np.median(column) for column in (ours, torchs, floor)]
+    agreeing = abs(last[0]["loss"] - last[1]["loss"]) <= 1e-3
+    print(f"| {name} | {ms[0]:.1f} | {ms[1]:.1f} | {np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
+          f"| {1e3 * tokens / ms[0]:.0f} | {1e3 * tokens / ms[1]:.0f} "
+          f"| {last[0]['peak']:.0f} | {last[1]['peak']:.0f} | {last[0]['peak'] / last[1]['peak']:.2f} "
+          f"| {ms[2]:.1f} ({ms[2] / ms[0]:.0%}) "
+          f"| {last[0]['loss']:.4f} {last[1]['loss']:.4f}{'' if agreeing else ' NOT OK'} |")
+    return agreeing, f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()) + \
+        f", the rest {1 - sum(shares.values()):.0%}"
+
+
+def bench(args):
+    """Prints the table of the README's section on speed."""
+    configs = {args.config: None} if args.config else dict.fromkeys(BENCH)
+    print(f"torch {torch.__version__}{' compiled' if args.compile else ''}, numpy {np.__version__}, "
+          f"{args.threads} threads\n")
+    print("| config | ms/step | PyTorch | ratio (min-max) | tok/s | PyTorch | peak MB | PyTorch | ratio "
+          "| products alone | loss, PyTorch's |\n" + "|---" * 11 + "|", flush=True)
+    good, notes = True, []
+    for name in configs:
+        *shape, in_turn = BENCH.get(name) or [*map(int, name.split(",")), 2]
+        one_good, note = bench_one(name, shape, args.steps or in_turn, args.turns, args.threads, args.compile)
+        good &= one_good
+        notes.append(note)
+    print("\nwhere our step goes:", *notes, sep="\n")
+    return good
+
+
+def main():
+    parser = argparse.ArgumentParser(description="GPT-2's gradients beside PyTorch's; or its speed.")
+    parser.add_argument("--bench", action="store_true", help="compare the speed")
+    parser.add_argument("--config", help="one of " + ", ".join(BENCH) + ", or L,H,C,V,B,T")
+    parser.add_argument("--steps", type=int, help="steps in a turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="PyTorch with torch.compile")
+    parser.add_argument("--threads", type=int, default=gpt2.usable_cpus(), help="of each")
+    parser.add_argument("--bench_worker", choices=["ours", "torch", "compiled", "floor"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.bench_worker:
+        bench_worker(args.bench_worker, [*map(int, args.config.split(","))], args.threads)
+        return 0
+    return 0 if (bench(args) if args.bench else table()) else 1
+
+
 if __name__ == "__main__":
-    sys.exit(0 if table() else 1)
+    sys.exit(main())
