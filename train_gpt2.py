@@ -29,16 +29,14 @@ Rules that hold everywhere:
   - All parameters lie in one flat array, in the order of one table of names and shapes; so do their
     gradients and AdamW's two moments. A parameter is a view into its place.
 """
-import argparse
 import codecs
-import csv
 import itertools
 import math
 import os
-import queue
+import signal
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +45,8 @@ for _blas in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):  # see "
 
 import numpy as np
 
-from prepro_tinyshakespeare import TOKENIZERS, Refused, Tokens, find_tokens, reason
+import prepro_tinyshakespeare as files
+from prepro_tinyshakespeare import TOKENIZERS, Refused, Tokens
 
 # ------------------------------------------------------------------------------------------------
 # Threads. NumPy uses one core, but lets go of Python's lock while it computes. So a layer is
@@ -59,7 +58,6 @@ from prepro_tinyshakespeare import TOKENIZERS, Refused, Tokens, find_tokens, rea
 
 PIECE = 1 << 16  # elements of a block, at least, for elementwise work: smaller fight over the lock
 
-
 class Pool:
     """`pool(work, pieces)` calls work(*piece) for every piece, on `threads` threads.
 
@@ -67,8 +65,7 @@ class Pool:
     """
 
     def __init__(self, threads):
-        self.threads, self.inboxes, self.done = threads, [], queue.SimpleQueue()
-        self.at_work = False
+        self.threads, self.at_work, self.helpers = threads, False, ThreadPoolExecutor(256)
         # glibc gives large arrays fresh pages and takes them back, at a page fault per 4 KB, unless
         # it has seen one as large be freed. After this one, temporaries are recycled.
         np.empty(31 << 20, np.uint8)
@@ -79,50 +76,32 @@ class Pool:
             for piece in pieces:
                 work(*piece)
             return
-        helpers = min(self.threads, len(pieces)) - 1
-        while len(self.inboxes) < helpers:
-            self.inboxes.append(queue.SimpleQueue())
-            threading.Thread(target=self._serve, args=(self.inboxes[-1],), daemon=True).start()
-        job = work, pieces, itertools.count().__next__  # the counter deals each piece out once
-        self.at_work = True
-        for inbox in self.inboxes[:helpers]:
-            inbox.put(job)
-        errors = [self._work(*job), *(self.done.get() for _ in range(helpers))]
-        self.at_work = False
-        for error in filter(None, errors):
-            raise error
+        next_number = itertools.count().__next__  # deals each piece out once
 
-    @staticmethod
-    def _work(work, pieces, next_number):
-        try:
+        def work_on():
             while (number := next_number()) < len(pieces):
                 work(*pieces[number])
-        except BaseException as error:
-            return error
+        self.at_work = True
+        helpers = min(self.threads, len(pieces)) - 1
+        helpers = [self.helpers.submit(work_on) for _ in range(helpers)]
+        try:
+            work_on()
+        finally:
+            wait(helpers)
+            self.at_work = False
+        for helper in helpers:
+            helper.result()  # raises what went wrong there
 
-    def _serve(self, inbox):
-        while True:
-            self.done.put(self._work(*inbox.get()))
-
-
-def usable_cpus():
-    """The number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-parallel = Pool(usable_cpus())
-
+parallel = Pool(files.usable_cpus())
 
 def split(n, pieces):
     """range(n) as at most so many slices: a power of two, so that 2, 4 or 8 threads end together."""
     pieces = 1 << int(math.log2(max(1, min(n, pieces))))
     return [slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
-
 def row_blocks(rows, width=1):
     """The rows of an array in blocks of PIECE elements or more, as arguments for `parallel`."""
     return [(block,) for block in split(rows, rows * width / PIECE)]
-
 
 def matmul(out, a, b, bias=None, add=False):
     """out = a @ b (+ bias), or out += a @ b; a (M,J), b (J,K), bias (K,) -> out (M,K).
@@ -147,7 +126,6 @@ def matmul(out, a, b, bias=None, add=False):
     parallel(piece, [(whole, cols) for cols in split(K, pieces)] if K >= M else
              [(rows, whole) for rows in split(M, pieces)])
 
-
 # ------------------------------------------------------------------------------------------------
 # Layers, each forward directly above its backward.
 
@@ -159,7 +137,6 @@ def embedding_forward(out, ids, wte, wpe):
     np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # GPT2.forward has checked the ids
     by_sequence = out.reshape(*ids.shape, -1)
     by_sequence += wpe[:ids.shape[1]]
-
 
 # A row of wte is used wherever its token stands, so it gets the gradients of all those places:
 #     dwte[i] = sum of dout_bt over all (b,t) with ids_bt = i
@@ -173,7 +150,6 @@ def embedding_backward(dwte, dwpe, dout, ids):
     in_order = ids.ravel()[order]
     starts = np.flatnonzero(np.diff(in_order, prepend=-1))
     dwte[in_order[starts]] += np.add.reduceat(dout[order], starts, axis=0)
-
 
 def layernorm_forward(out, mean, rstd, inp, weight, bias, eps=1e-5):
     """Each row brought to mean 0 and variance 1: out = (inp - mean) * rstd * weight + bias.
@@ -192,7 +168,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, eps=1e-5):
         y *= weight
         y += bias
     parallel(piece, row_blocks(*inp.shape))
-
 
 # In one row, xhat_i = (x_i - mean) rstd and out_i = xhat_i weight_i + bias_i, so
 #     dweight_i = dout_i xhat_i,   dbias_i = dout_i,   dxhat_i = dout_i weight_i.
@@ -226,11 +201,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
     dweight += sums[:, 0].sum(axis=0)
     dbias += sums[:, 1].sum(axis=0)
 
-
 def linear_forward(out, inp, weight, bias=None):
     """out = inp @ weight + bias. inp (N,C), weight (C,K), bias (K,) or none -> out (N,K)."""
     matmul(out, inp, weight, bias)
-
 
 # out_nk = sum_c inp_nc weight_ck + bias_k. The gradient of a factor is dout times the other factor,
 # summed over whichever index the factor does not have:
@@ -247,7 +220,6 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     if dbias is not None:
         parallel(piece, row_blocks(*dout.T.shape))
 
-
 # Causal self-attention is the only layer in which positions see each other. Position t has a query
 # q_t; every position s has a key k_s and a value v_s. What t gets is a mean of the values up to its
 # own, each weighted by how well its key answers t's query:
@@ -259,7 +231,6 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
 QUERIES = 64  # positions t computed together; they need keys only up to the last of them
 AHEAD = np.triu(np.full((QUERIES, QUERIES), -np.inf, np.float32), 1)  # hides what comes later
 
-
 def attention_cut(q, k):
     """Pieces (batch, heads) for `parallel`, and the blocks of queries (and their keys) in each."""
     (B, H, T, _), S = q.shape, k.shape[2]
@@ -268,11 +239,9 @@ def attention_cut(q, k):
             [(slice(t, min(t + QUERIES, T)), slice(0, S - T + min(t + QUERIES, T)))
              for t in range(0, T, QUERIES)])
 
-
 def by_head(B, H, *arrays):
-    """(B*T, C) arrays as (B,H,T,D) views."""
-    return [x.reshape(B, -1, H, x.shape[1] // H).swapaxes(1, 2) for x in arrays]
-
+    """(B*T, C) or (B,T,C) arrays as (B,H,T,D) views."""
+    return [x.reshape(B, -1, H, x.shape[-1] // H).swapaxes(1, 2) for x in arrays]
 
 def attention_scores(q, k):
     """Step 1: q (..,t,D), k (..,s,D) -> (..,t,s). The last t keys stand where the queries do."""
@@ -280,7 +249,6 @@ def attention_scores(q, k):
     scores = (q * scale) @ k.swapaxes(-1, -2)
     scores[..., -t:] += AHEAD[:t, :t]
     return scores
-
 
 def attention_forward(out, lse, q, k, v):
     """Causal attention in H heads: out_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s over s <= t.
@@ -303,7 +271,6 @@ def attention_forward(out, lse, q, k, v):
             lse[group][..., rows, :] = top + np.log(total)
             out[group][..., rows, :] = att @ v[group][..., keys, :] / total
     parallel(piece, pieces)
-
 
 # The three steps backwards:
 #     3. out_td = sum_s att_ts v_sd is a product of matrices, so
@@ -337,14 +304,12 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
             dk_ += dscore.swapaxes(-1, -2) @ (q_ * scale)
     parallel(piece, pieces)
 
-
 # GELU is x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since (1 + tanh(u))/2 =
 # sigmoid(2u) exactly, it is x / (1 + exp(-z)) with z = 2u = x (GELU_1 + GELU_3 x^2): one
 # exponential. An expression would take a new array for each of its steps; here one takes all.
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
-
 
 def one_plus_exp(out, x):
     """out = 1 + exp(-z(x)). Where exp overflows to infinity, the 0 that results is right."""
@@ -356,7 +321,6 @@ def one_plus_exp(out, x):
         np.exp(out, out=out)
     out += 1
 
-
 def gelu_forward(out, inp):
     """A gate that lets large x through and holds negative ones back: out = x sigmoid(z(x)).
 
@@ -366,7 +330,6 @@ def gelu_forward(out, inp):
         one_plus_exp(out[rows], inp[rows])
         np.divide(inp[rows], out[rows], out=out[rows])
     parallel(piece, row_blocks(*inp.shape))
-
 
 # out = x s(z) with the sigmoid s = 1 / (1 + exp(-z)), whose own derivative is ds/dz = s (1 - s), so
 #     dout/dx = s + x s (1 - s) dz/dx = s (1 + (1 - s) x dz/dx),   dz/dx = GELU_1 + 3 GELU_3 x^2
@@ -387,7 +350,6 @@ def gelu_backward(dinp, dout, inp):
         np.multiply(dout[rows], slope, out=dinp[rows])
     parallel(piece, row_blocks(*inp.shape))
 
-
 def crossentropy_forward(losses, lse, logits, targets):
     """How surprised the network is by each target, in nats: -log softmax(logits)_target.
 
@@ -405,7 +367,6 @@ def crossentropy_forward(losses, lse, logits, targets):
         lse[rows] = log_total + top
     parallel(piece, row_blocks(*logits.shape))
 
-
 # loss = lse - logits_target, and dlse/dlogits_j = exp(logits_j) / sum_i exp(logits_i) = p_j, so
 #     dloss/dlogits_j = p_j - [j = target],   with p_j = exp(logits_j - lse):
 # what the network expected, less what came. Logarithm and softmax together leave just this.
@@ -419,7 +380,6 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
         p *= dloss
     parallel(piece, row_blocks(*logits.shape))
 
-
 # ------------------------------------------------------------------------------------------------
 # The block. A stream x (N,C) runs up through the network. Every block reads it twice and adds what
 # it finds: first from other positions (attention), then from the position itself (the MLP, 4C wide
@@ -432,7 +392,7 @@ def block_forward(a, x, p):
     """x (N,C) -> a["x"] (N,C). Radford et al. 2019, section 2.3: layernorms inside the branches."""
     layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
     linear_forward(a["qkv"], a["norm"], *p["attn.c_attn"])
-    attention_forward(a["attn"], a["attn.lse"], *np.split(a["qkv"], 3, axis=1))
+    attention_forward(a["attn"], a["attn.lse"], a["q"], a["k"], a["v"])
     linear_forward(a["mid"], a["attn"], *p["attn.c_proj"])
     a["mid"] += x
     layernorm_forward(a["norm"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
@@ -441,14 +401,13 @@ def block_forward(a, x, p):
     linear_forward(a["x"], a["gelu"], *p["mlp.c_proj"])
     a["x"] += a["mid"]
 
-
 # The stream forks at every branch: x' = x + branch(x), so dx = dx' + (dx' taken back through
 # branch). The plain dx' is why deep networks learn at all: it reaches every block undiminished. In
 # the code dx is one array that runs back down the stream, and each branch adds its part to it.
 
 def block_backward(dx, g, a, x, p):
     """Turns dx (N,C), the gradient of the block's output, into that of its input x (N,C)."""
-    dbranch, qkv, dqkv = a["d.branch"], np.split(a["qkv"], 3, axis=1), np.split(a["d.qkv"], 3, axis=1)
+    dbranch, attn = a["d.branch"], (a["attn"], a["attn.lse"], a["q"], a["k"], a["v"])
     gelu_forward(a["gelu"], a["fc"])
     linear_backward(a["d.fc"], *g["mlp.c_proj"], dx, a["gelu"], p["mlp.c_proj"][0])
     gelu_backward(a["d.fc"], a["d.fc"], a["fc"])
@@ -457,26 +416,27 @@ def block_backward(dx, g, a, x, p):
     layernorm_backward(dbranch, *g["ln_2"], dbranch, a["mid"], *a["ln_2.stats"], p["ln_2"][0])
     dx += dbranch
     linear_backward(dbranch, *g["attn.c_proj"], dx, a["attn"], p["attn.c_proj"][0])
-    attention_backward(*dqkv, dbranch, a["attn"], a["attn.lse"], *qkv)
+    attention_backward(a["d.q"], a["d.k"], a["d.v"], dbranch, *attn)
     layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
     linear_backward(dbranch, *g["attn.c_attn"], a["d.qkv"], a["norm"], p["attn.c_attn"][0])
     layernorm_backward(dbranch, *g["ln_1"], dbranch, x, *a["ln_1.stats"], p["ln_1"][0])
     dx += dbranch
 
-
 # The network: the embedding, the blocks, a last layernorm, and the head, which scores every token
 # of the vocabulary: it is the embedding turned round. `blocks` has (g, a, x, p) for each.
 
-def network_forward(a, blocks, p, ids, targets=None):
-    """ids (B,T) -> a["logits"] (N,V), and with targets (N,) a["losses"] (N,)."""
-    embedding_forward(a["embedded"], ids, p["wte.weight"], p["wpe.weight"])
+def network_forward(a, blocks, p, ids, targets=None, past=0):
+    """ids (B,T) -> a["logits"] (N,V), and with targets (N,) a["losses"] (N,).
+
+    The first of the ids stands at position `past`.
+    """
+    embedding_forward(a["embedded"], ids, p["wte.weight"], p["wpe.weight"][past:])
     for _, *block in blocks:
         block_forward(*block)
     layernorm_forward(a["ln_f"], *a["ln_f.stats"], a["x"], p["ln_f.weight"], p["ln_f.bias"])
     linear_forward(a["logits"], a["ln_f"], p["wte.weight"].T)
     if targets is not None:
         crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], targets)
-
 
 # wte is used twice, so it gets two gradients: from the head here at the start, and in the end from
 # the embedding. The logits turn into their own gradient in place, as the largest array there is.
@@ -491,7 +451,6 @@ def network_backward(g, a, blocks, p, ids, targets, dloss):
     for block in reversed(blocks):
         block_backward(dx, *block)
     embedding_backward(g["wte.weight"], g["wpe.weight"], dx, ids)
-
 
 # ------------------------------------------------------------------------------------------------
 # The model: two tables of names and shapes, and flat arrays carved by them.
@@ -513,11 +472,9 @@ class GPTConfig:
             raise Refused(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads; "
                           "choose a multiple")
 
-
 def for_each_block(config, table):
     """A block's table, once for every block: h.0.name, ..., h.1.name, ..."""
     return {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in table.items()}
-
 
 def parameter_table(config):
     """{name: shape} of all parameters, under GPT-2's own names; weights are (in, out)."""
@@ -532,7 +489,6 @@ def parameter_table(config):
                 "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}),
             "ln_f.weight": (C,), "ln_f.bias": (C,)}
 
-
 def activation_table(config, B, T):
     """{name: shape} of what forward leaves for backward, and what every block uses again."""
     N, C, H = B * T, config.n_embd, config.n_head
@@ -545,11 +501,9 @@ def activation_table(config, B, T):
             "shared.norm": (N, C), "shared.d.branch": (N, C), "shared.gelu": (N, 4 * C),
             "shared.d.fc": (N, 4 * C), "shared.d.qkv": (N, 3 * C)}
 
-
 def size(table):
     """The number of elements in a table."""
     return sum(map(math.prod, table.values()))
-
 
 def spans(table):
     """{name: slice}: where each entry of a table lies in its flat array."""
@@ -557,39 +511,54 @@ def spans(table):
     return {name: slice(stop - math.prod(shape), stop)
             for stop, (name, shape) in zip(stops, table.items())}
 
-
 def carve(flat, table):
     """{name: view} of a flat array. Write d[name][...] = or d[name] +=: d[name] = loses the view."""
     return {name: flat[span].reshape(table[name]) for name, span in spans(table).items()}
 
-
 def under(prefix, views):
     """The views whose names begin with prefix, under the rest of their names."""
     return {name[len(prefix):]: view for name, view in views.items() if name.startswith(prefix)}
-
 
 def pairs(views):
     """{"ln_1.weight": w, "ln_1.bias": b, ...} -> {"ln_1": (w, b), ...}."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in views)
     return {name: (views[f"{name}.weight"], views[f"{name}.bias"]) for name in names}
 
+def thirds(qkv, names="qkv"):
+    """Queries, keys and values as views of the array (..,3C) in which they lie side by side."""
+    return dict(zip(names, np.split(qkv, 3, axis=-1)))
 
 class GPT2:
     """GPT-2 (Radford et al. 2019), its gradients, and the state of its optimizer.
 
-    params and grads are {name: view} into flat_params and flat_grads, laid out by parameter_table,
-    as are AdamW's moments flat_m and flat_v. B and T may change from call to call.
+    params and grads are {name: view} into flat_params and flat_grads, laid out by parameter_table.
+    flat_m and flat_v are AdamW's moments, for the `stretch` (a slice) of the parameters that
+    update() is to update: all of them by default. seed None leaves the parameters to be filled.
     """
 
-    def __init__(self, config, dtype=np.float32, seed=1337):
+    def __init__(self, config, dtype=np.float32, seed=1337, stretch=slice(None)):
         self.config, self.table, self.steps = config, parameter_table(config), 0
+        self.stretch = slice(*stretch.indices(size(self.table)))
         self.flat_params = np.empty(size(self.table), dtype)
-        self.flat_grads, self.flat_m, self.flat_v = (np.zeros_like(self.flat_params) for _ in "gmv")
+        self.flat_grads = np.zeros_like(self.flat_params)
+        self.flat_m, self.flat_v = (np.zeros_like(self.flat_params[stretch]) for _ in "mv")
         self.params = carve(self.flat_params, self.table)
         self.grads = carve(self.flat_grads, self.table)
         self.flat_acts, self.more_grads = np.empty(0, dtype), []
         self.shape = self.targets = None
-        self._initialize(np.random.default_rng(seed))
+        if seed is not None:
+            self._initialize(np.random.default_rng(seed))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=np.float32, stretch=slice(None)):
+        """A model from a folder in Hugging Face's layout: config.json and model.safetensors."""
+        model = cls(GPTConfig(**files.read_config(folder)), dtype, None, stretch)
+        files.read_weights(Path(folder) / "model.safetensors", model.params)
+        return model
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors as transformers.GPT2LMHeadModel reads them."""
+        files.write_model(folder, vars(self.config), self.params)
 
     def _initialize(self, rng):
         """GPT-2's: matrices normal with standard deviation 0.02, biases 0, layernorm weights 1.
@@ -603,7 +572,7 @@ class GPT2:
                 rng.standard_normal(dtype=param.dtype, out=param)
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
-    def _make_room(self, B, T):
+    def make_room(self, B, T):
         """Activations for (B,T), carved from one array that is kept from call to call.
 
         Sequences meet only in the gradients. So where parameters are few beside activations, the
@@ -629,9 +598,10 @@ class GPT2:
             rows, a = slice(part.start * T, part.stop * T), under(f"{i}.", acts)
             g = carve(self.more_grads[i - 1], self.table) if i else self.grads
             blocks, x, shared = [], a["embedded"], under("shared.", a)
+            shared |= thirds(shared["d.qkv"], ["d.q", "d.k", "d.v"])
             for h in range(config.n_layer):
                 g_h, a_h, p_h = (under(f"h.{h}.", views) for views in (g, a, self.params))
-                blocks.append((pairs(g_h), a_h | shared, x, pairs(p_h)))
+                blocks.append((pairs(g_h), a_h | shared | thirds(a_h["qkv"]), x, pairs(p_h)))
                 x = a_h["x"]
             a |= {"x": x, "logits": acts["logits"][rows], "losses": acts["losses"][rows]}
             self.parts.append((part, rows, g, a, blocks))
@@ -653,7 +623,7 @@ class GPT2:
         self.targets = None if targets is None else self._checked(targets)
         if targets is not None and self.targets.shape != self.ids.shape:
             raise Refused(f"targets {self.targets.shape} are not of ids' shape {self.ids.shape}")
-        self._make_room(*self.ids.shape)
+        self.make_room(*self.ids.shape)
 
         def part(sequences, rows, _, a, blocks):
             network_forward(a, blocks, self.params, self.ids[sequences],
@@ -697,25 +667,52 @@ class GPT2:
         if math.isfinite(norm):
             self.steps += 1
             clip = min(1, grad_clip / (norm + 1e-6)) if grad_clip else 1
-            adamw(self.flat_params, self.flat_m, self.flat_v, self.flat_grads, self.table,
-                  self.steps, lr, beta1, beta2, eps, weight_decay, clip)
+            adamw(self.flat_params[self.stretch], self.flat_m, self.flat_v,
+                  self.flat_grads[self.stretch], self.table, self.stretch.start, self.steps, lr,
+                  beta1, beta2, eps, weight_decay, clip)
         return norm
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None,
                  on_token=None):
         """ids (B,T) -> (B, T + max_new_tokens), continued token by token; see sample().
 
-        Past n_positions the window slides. on_token, if given, is called with every new (B,).
+        Past n_positions the window slides on by a quarter of it at a time. on_token, if given, is
+        called with every new (B,).
         """
-        ids, rng = np.asarray(ids), rng or np.random.default_rng()
+        ids, rng, context = np.asarray(ids), rng or np.random.default_rng(), self.config.n_positions
+        first, cache = max(0, ids.shape[1] - context), None
         for _ in range(max_new_tokens):
-            logits = self.forward(ids[:, -self.config.n_positions:])[:, -1]
+            if ids.shape[1] - first > context:
+                first, cache = ids.shape[1] - max(1, context * 3 // 4), None
+            logits, cache = self.continue_with(ids[:, first:], cache)
             new = sample(logits, temperature, top_k, top_p, rng)
             ids = np.concatenate([ids, new[:, None]], axis=1)
             if on_token:
                 on_token(new)
         return ids
 
+    def continue_with(self, ids, cache=None):
+        """ids (B,T) -> logits (B,V) for what comes next, and a cache to go on from.
+
+        Keys and values of a position never change, as nothing looks ahead. So they are kept in the
+        cache (L,B,n_positions,3C), and with it only the last of the ids goes through the network.
+        """
+        (B, T), C, context = ids.shape, self.config.n_embd, self.config.n_positions
+        if cache is None:
+            logits = self.forward(ids)[:, -1]
+            cache = np.empty((self.config.n_layer, B, context, 3 * C), logits.dtype)
+            for part, *_, blocks in self.parts:
+                for kept, (_, a, *_) in zip(cache, blocks):
+                    kept[part, :T] = a["qkv"].reshape(-1, T, 3 * C)
+            return logits, cache
+        new = self._checked(ids[:, -1:])
+        self.make_room(B, 1)
+        for part, _, _, a, blocks in self.parts:
+            blocks = [(g, acts | thirds(kept[part, :T])
+                       | {"qkv": kept[part, T - 1], "q": kept[part, T - 1, :C]}, x, p)
+                      for kept, (g, acts, x, p) in zip(cache, blocks)]
+            network_forward(a, blocks, self.params, new[part], past=T - 1)
+        return self.logits_and_losses[0], cache
 
 # ------------------------------------------------------------------------------------------------
 # The step.
@@ -730,8 +727,7 @@ def global_norm(flat_grads):
     parallel(piece, [(i, block) for i, (block,) in enumerate(blocks)])
     return math.sqrt(squares.sum())
 
-
-def adamw(params, m, v, grads, table, step, lr, beta1, beta2, eps, weight_decay, clip):
+def adamw(params, m, v, grads, table, first, step, lr, beta1, beta2, eps, weight_decay, clip):
     """AdamW on flat arrays in place. Loshchilov & Hutter 2019, algorithm 2; with g = clip * grads:
 
         m = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
@@ -739,7 +735,8 @@ def adamw(params, m, v, grads, table, step, lr, beta1, beta2, eps, weight_decay,
         mhat = m / (1 - beta1^step),      vhat = v / (1 - beta2^step)
 
     m and v start at 0, for which mhat and vhat make up. Only matrices decay. With root =
-    sqrt(1 - beta2^step), mhat / (sqrt(vhat) + eps) = root mhat / (sqrt(v) + root eps).
+    sqrt(1 - beta2^step), mhat / (sqrt(vhat) + eps) = root mhat / (sqrt(v) + root eps). The arrays
+    are a stretch of those that the table describes, from their element `first` on.
     """
     root = math.sqrt(1 - beta2**step)
     rate = lr * root / (1 - beta1**step)
@@ -748,7 +745,7 @@ def adamw(params, m, v, grads, table, step, lr, beta1, beta2, eps, weight_decay,
     def piece(block):
         g, m_, v_ = grads[block], m[block], v[block]
         for span in matrices:
-            start, stop = max(span.start, block.start), min(span.stop, block.stop)
+            start, stop = max(span.start - first, block.start), min(span.stop - first, block.stop)
             if start < stop:
                 params[start:stop] *= 1 - lr * weight_decay
         m_ *= beta1
@@ -757,7 +754,6 @@ def adamw(params, m, v, grads, table, step, lr, beta1, beta2, eps, weight_decay,
         v_ += (1 - beta2) * clip**2 * g * g
         params[block] -= rate * m_ / (np.sqrt(v_) + eps * root)
     parallel(piece, row_blocks(params.size))
-
 
 # ------------------------------------------------------------------------------------------------
 # The sample.
@@ -771,15 +767,16 @@ def sample(logits, temperature, top_k, top_p, rng):
     """
     if temperature == 0:
         return logits.argmax(axis=1)
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]  # likeliest first
-    ranked = np.take_along_axis(logits, order, axis=1).astype(np.float64)
-    p = np.exp((ranked - ranked[:, :1]) / temperature)
+    p = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    if top_k is not None and top_k < p.shape[1]:
+        p[p < np.partition(p, -top_k)[:, [-top_k]]] = 0
     if top_p is not None:
-        p[p.cumsum(axis=1) - p >= top_p * p.sum(axis=1, keepdims=True)] = 0
+        ranked = np.sort(p)[:, ::-1]
+        needed = ranked.cumsum(axis=1) - ranked < top_p * ranked.sum(axis=1, keepdims=True)
+        needed[:, 0] = True
+        p[p < np.where(needed, ranked, np.inf).min(axis=1, keepdims=True)] = 0
     reached = p.cumsum(axis=1)  # the tokens' stretches of 0..sum(p); a random point falls into one
-    rank = (reached < rng.random((len(p), 1)) * reached[:, -1:]).sum(axis=1)
-    return order[np.arange(len(p)), rank]
-
+    return (reached > rng.random((len(p), 1)) * reached[:, -1:]).argmax(axis=1)
 
 def print_sample(model, tokenizer, args, rng):
     """Prints a text of the model's as it comes."""
@@ -791,11 +788,52 @@ def print_sample(model, tokenizer, args, rng):
     def show(new):
         known = new[new < tokenizer.n_vocab]
         print(decoder.decode(tokenizer.decode_bytes(known.tolist())), end="", flush=True)
-    print("-" * 80 + "\n" + prompt, end="")
+    print(prompt, end="", flush=True)
     model.generate([tokenizer.encode(prompt)], args.max_new_tokens, args.temperature, args.top_k,
                    args.top_p, rng, show)
-    print("\n" + "-" * 80, flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
 
+# ------------------------------------------------------------------------------------------------
+# Many machines. torchrun starts one process, a rank, on each. Every rank holds the whole model and
+# takes its share of each batch. As the gradients are one flat array, to add up those of all ranks
+# is one call, and torch is no more than the transport: its tensors are views of NumPy's memory.
+# AdamW is sharded (ZeRO stage 1; Rajbhandari et al. 2020, section 5.1): a rank has the moments of
+# its own stretch of the parameters only, updates those, and gets the others from their ranks.
+
+class Ranks:
+    """The processes of a run, rank 0..size-1. Without torchrun there is one: nothing to do."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.seconds = 0.0  # spent on the network
+        if self.size > 1:
+            from torch import distributed, from_numpy
+            self.network, self.tensor = distributed, from_numpy
+            self._call(self.network.init_process_group, "gloo")
+
+    def _call(self, function, *args):
+        start = time.perf_counter()
+        try:
+            function(*args)
+        except RuntimeError as error:
+            raise Refused(f"rank {self.rank}: another process of this run cannot be reached "
+                          f"({files.reason(error):.200}); start all again, with --resume") from None
+        self.seconds += time.perf_counter() - start
+
+    def own(self, n, rank=None):
+        """The share of range(n) that this rank has, or another."""
+        rank = self.rank if rank is None else rank
+        return slice(n * rank // self.size, n * (rank + 1) // self.size)
+
+    def add_up(self, flat):
+        """Every rank's array becomes the sum of them all, on each to the bit the same."""
+        if self.size > 1:
+            self._call(self.network.all_reduce, self.tensor(flat))
+
+    def exchange(self, flat):
+        """Every rank's own share of an array goes to all the others."""
+        for rank in range(self.size) if self.size > 1 else ():
+            self._call(self.network.broadcast, self.tensor(flat[self.own(len(flat), rank)]), rank)
 
 # ------------------------------------------------------------------------------------------------
 # Training.
@@ -806,16 +844,20 @@ def learning_rate(step, steps, warmup, lr, min_lr):
         return lr * step / warmup
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-
-def train_step(model, tokens, rng, lr, args):
-    """One step on grad_accum micro-batches: (loss before the step, norm of the gradient)."""
-    loss, share = 0.0, 1 / args.grad_accum
+def train_step(model, tokens, rng, lr, args, ranks, stop=0):
+    """One step on grad_accum micro-batches: (loss before it, norm of the gradient, sum of `stop`)."""
+    numbers, share = np.array([0.0, stop]), 1 / (args.grad_accum * ranks.size)
     for micro in range(args.grad_accum):
-        loss += share * model.forward(*tokens.batch(rng, args.batch_size, args.seq_len))
+        batch = tokens.batch(rng, args.batch_size * ranks.size, args.seq_len)
+        ids, targets = (x[ranks.own(len(x))] for x in batch)
+        numbers[0] += share * model.forward(ids, targets)
         model.backward(share, accumulate=micro > 0)
-    return loss, model.update(lr, args.beta1, args.beta2, weight_decay=args.weight_decay,
-                              grad_clip=args.grad_clip)
-
+    ranks.add_up(numbers)
+    ranks.add_up(model.flat_grads)
+    norm = model.update(lr, args.beta1, args.beta2, weight_decay=args.weight_decay,
+                        grad_clip=args.grad_clip)
+    ranks.exchange(model.flat_params)
+    return float(numbers[0]), norm, numbers[1]
 
 def evaluate(model, tokens, B, T):
     """The mean loss over all of tokens, in nats per token."""
@@ -828,190 +870,125 @@ def evaluate(model, tokens, B, T):
             print(f"validating: {count:,} of {len(tokens):,} tokens", file=sys.stderr)
     return total / count
 
-
-def duration(seconds):
-    """Seconds as people write them: 8s, 1m43s, 2h05m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-    return f"{minutes // 60}h{minutes % 60:02}m"
-
-
-def describe(args, model, train, val):
+def describe(args, model, train, val, ranks):
     """Prints what is going to be trained."""
-    def amount(count):
-        return f"{count:,} ({count * model.flat_params.itemsize / 1e6:,.1f} MB)"
-    config, params = model.config, model.flat_params.size
-    acts = size(activation_table(config, args.batch_size, args.seq_len))
+    def amount(*arrays):
+        return f"{sum(x.size for x in arrays):,} ({sum(x.nbytes for x in arrays) / 1e6:,.1f} MB)"
+    model.make_room(args.batch_size, args.seq_len)
+    config, origin = model.config, args.folder or f"{args.model} from scratch"
     print(f"""\
-model        {args.model}: L={config.n_layer} H={config.n_head} C={config.n_embd} \
+model        {origin}: L={config.n_layer} H={config.n_head} C={config.n_embd} \
 V={config.vocab_size} context {config.n_positions}
-parameters   {amount(params)}, as many gradients, and AdamW's moments {amount(2 * params)}
-activations  {amount(acts)} for B={args.batch_size} T={args.seq_len}, {args.grad_accum} x per step
+parameters   {amount(model.flat_params)}
+gradients    {amount(model.flat_grads, *model.more_grads)}
+moments      {amount(model.flat_m, model.flat_v)} of AdamW
+activations  {amount(model.flat_acts)} for B={args.batch_size} T={args.seq_len}, \
+{args.grad_accum} x per step
 train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
 validate     {len(val):,} in {", ".join(val.paths)}
-threads      {parallel.threads}""", flush=True)
+threads      {parallel.threads}{f" in each of {ranks.size} processes" * (ranks.size > 1)}""",
+          flush=True)
 
+def begin(args, ranks, tokens):
+    """(model, state) to begin with: new, with the weights of a folder, or where a run was saved."""
+    config = GPTConfig(*(getattr(args, name) for name in GPTConfig.__annotations__))
+    state = {"step": 0, "tokens": tokens, "batch": args.batch_size * ranks.size,
+             "rng": [np.random.default_rng([args.seed, i]).bit_generator.state for i in (1, 2)]}
+    stretch = ranks.own(size(parameter_table(config)))
+    if args.folder is None:
+        return GPT2(config, seed=args.seed, stretch=stretch), state
+    model = GPT2.from_pretrained(args.folder, stretch=stretch)
+    if args.resume:
+        state = files.read_state(args.folder, args.steps, state)
+        model.steps = state["updates"]
+        files.read_moments(args.folder, model.flat_m, model.flat_v, stretch.start)
+    return model, state
 
-def run(args):
-    """Trains, validates and samples as the command line says."""
-    parallel.threads = args.threads
-    tokenizer = TOKENIZERS[args.tokenizer]()
-    config = GPTConfig(args.vocab_size or tokenizer.n_vocab, args.n_positions, args.n_embd,
-                       args.n_layer, args.n_head)
-    if args.seq_len > config.n_positions:
-        raise Refused(f"--seq_len {args.seq_len} is longer than the context, --n_positions "
-                      f"{config.n_positions}; lower the one or raise the other")
-    if (args.train_bin is None) != (args.val_bin is None):
-        raise Refused("--train_bin and --val_bin belong together; give both, or neither")
-    paths = (args.train_bin, args.val_bin)
-    if paths == (None, None):
-        paths = find_tokens(args.data, args.tokenizer)
-    train, val = (Tokens(path, config.vocab_size) for path in paths)
-    model = GPT2(config, seed=args.seed)
-    describe(args, model, train, val)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.out) / "log.csv", "w", newline="", encoding="utf-8") as file:
-        log = csv.DictWriter(file, "step loss val_loss norm lr ms tokens_per_second".split())
-        log.writeheader()
-        train_loop(args, model, tokenizer, train, val, log)
+def save(args, model, ranks, state):
+    """Writes a checkpoint; returns its folder."""
+    moments = {"m": model.flat_m, "v": model.flat_v}
+    if ranks.size > 1:  # all ranks' stretches are put together for the file
+        for name, own in moments.items():
+            moments[name] = np.empty_like(model.flat_params)
+            moments[name][model.stretch] = own
+            ranks.exchange(moments[name])
+    if ranks.rank == 0:
+        state |= {"updates": model.steps, "args": vars(args)}
+        return files.save_checkpoint(args.out, vars(model.config), model.params, moments, state)
 
-
-def train_loop(args, model, tokenizer, train, val, log):
-    """All steps; logs, validates and samples on the way and at the end."""
-    batches, samples = (np.random.default_rng([args.seed, purpose]) for purpose in (1, 2))
-    width, times = len(str(args.steps)), []
-    for step in range(min(1, args.steps), args.steps + 1):
-        row, last = {"step": step}, step == args.steps
+def train_loop(args, model, tokenizer, train, val, ranks, state):
+    """All steps; logs, validates, samples and saves on the way and at the end."""
+    batches, samples = np.random.default_rng(), np.random.default_rng()
+    batches.bit_generator.state, samples.bit_generator.state = state["rng"]
+    tokens = state["batch"] * args.seq_len * args.grad_accum
+    flops = 6 * tokens * (model.flat_params.size + args.n_layer * args.n_embd * args.seq_len)
+    log = files.Log(args.out, state["step"], args.steps, tokens, flops) if ranks.rank == 0 else None
+    caught, stop = files.note_signals(), 0
+    for step in range(state["step"] + min(1, args.steps), args.steps + 1):
+        last = step == args.steps
         if step:
-            start = time.perf_counter()
+            start, ranks.seconds = time.perf_counter(), 0.0
             lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
-            loss, norm = train_step(model, train, batches, lr, args)
-            times.append(time.perf_counter() - start)
+            loss, norm, stop = train_step(model, train, batches, lr, args, ranks, sum(caught))
             if not math.isfinite(loss + norm):
                 raise Refused(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower "
-                              f"--lr from {args.lr:g}, or lengthen --warmup from {args.warmup}")
-        if step and (last or step == 1 or step % args.log_every == 0):
-            each, times = sum(times) / len(times), []  # seconds per step since the last line
-            speed = args.batch_size * args.seq_len * args.grad_accum / each
-            row |= dict(loss=f"{loss:.6f}", norm=f"{norm:.6f}", lr=f"{lr:.6e}",
-                        ms=f"{1e3 * each:.2f}", tokens_per_second=f"{speed:.0f}")
-            print(f"step {step:{width}}/{args.steps} | loss {loss:.4f} | norm {norm:.2f} | "
-                  f"lr {lr:.2e} | {1e3 * each:3.0f} ms | {speed:5.0f} tok/s | "
-                  f"eta {duration(each * (args.steps - step))}", flush=True)
-        if last or step % args.eval_every == 0:
-            row["val_loss"] = f"{evaluate(model, val, args.batch_size, args.seq_len):.6f}"
-            print(f"step {step:{width}} | val loss {float(row['val_loss']):.4f}", flush=True)
-        if len(row) > 1:
-            log.writerow(row)
-        if last or step % args.sample_every == 0:
-            print_sample(model, tokenizer, args, samples)
-
+                              f"--lr from {args.lr:g}, or lengthen --warmup from {args.warmup}; what "
+                              f"{args.out} has of before stays")
+        if ranks.rank == 0:
+            if step:
+                log.step(step, loss, norm, lr, time.perf_counter() - start, ranks.seconds,
+                         last or stop or step == 1 or step % args.log_every == 0)
+            if last or step % args.eval_every == 0:
+                log.validation(step, evaluate(model, val, args.batch_size, args.seq_len))
+            log.write()
+            if last or step % args.sample_every == 0:
+                print("-" * 80)
+                print_sample(model, tokenizer, args, samples)
+                print("-" * 80, flush=True)
+        if step and (last or stop or step % args.save_every == 0):
+            rng = [batches.bit_generator.state, samples.bit_generator.state]
+            saved = save(args, model, ranks, state | {"step": step, "rng": rng})
+        if stop:
+            print(f"stopped after step {step}, which is saved in {saved}; --resume goes on")
+            sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
 # ------------------------------------------------------------------------------------------------
 # The command line. What depends on the model, its shape and how it likes to be trained, is here.
 
 BABY = dict(n_layer=4, n_head=4, n_embd=128, n_positions=64, tokenizer="byte", batch_size=12,
-            steps=2000, lr=1e-3, min_lr=1e-4, beta2=0.99, log_every=20)
+            steps=3500, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50)
 GPT2_124M = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, tokenizer="gpt2",
                  batch_size=4, steps=1000, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1)
 MODELS = {"baby": BABY, "gpt2": GPT2_124M,
           "gpt2-medium": GPT2_124M | dict(n_layer=24, n_head=16, n_embd=1024),
           "gpt2-large": GPT2_124M | dict(n_layer=36, n_head=20, n_embd=1280),
           "gpt2-xl": GPT2_124M | dict(n_layer=48, n_head=25, n_embd=1600)}
-
-
-def at_least(low, kind=int, high=math.inf):
-    """A reader of numbers from low to high, for argparse."""
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a {'whole ' * (kind is int)}number of at least {low}"
-                + f" and at most {high}" * (high < math.inf))
-        return value
-    return read
-
-
-def parse_arguments(argv=None):
-    """The command line as a namespace; defaults are those of the --model it names."""
-    count, whole, real = at_least(1), at_least(0), at_least(0, float)
-    share = at_least(0, float, 1)
-    flags = {
-        "data": [
-            ("data", str, "tinyshakespeare", "train on data/NAME_TOKENIZER_{train,val}.bin"),
-            ("train_bin", str, None, "train on these token files instead (a path or a glob)"),
-            ("val_bin", str, None, "and validate on these"),
-            ("tokenizer", TOKENIZERS, None, "bytes, or GPT-2's 50,257 tokens"),
-            ("out", str, "out", "folder for log.csv")],
-        "model": [
-            ("model", MODELS, "baby", "a shape and how to train it; the flags below override"),
-            ("n_layer", count, None, "L, blocks"), ("n_head", count, None, "H, attention heads"),
-            ("n_embd", count, None, "C, channels"), ("n_positions", count, None, "longest context"),
-            ("vocab_size", count, None, "V, if not the tokenizer's")],
-        "optimisation": [
-            ("steps", whole, None, "0 only validates and samples"),
-            ("batch_size", count, None, "B, sequences in a micro-batch"),
-            ("seq_len", count, 64, "T, tokens in a sequence"),
-            ("grad_accum", count, 1, "micro-batches in a step"),
-            ("lr", real, None, "highest learning rate"),
-            ("min_lr", real, None, "learning rate at the end"),
-            ("warmup", whole, 100, "steps up to the highest"),
-            ("beta1", share, 0.9, "AdamW's memory for the gradient"),
-            ("beta2", share, None, "and for its square"),
-            ("weight_decay", real, 0.1, "pull of matrices to 0, in units of lr"),
-            ("grad_clip", real, 1.0, "longest gradient let through; 0: any"),
-            ("seed", whole, 1337, "for weights, batches and samples"),
-            ("threads", count, usable_cpus(), "for the arithmetic; results do not depend on it")],
-        "evaluation": [
-            ("log_every", count, None, "steps between lines"),
-            ("eval_every", count, 250, "steps between validations, each of the whole file"),
-            ("sample_every", count, 1000, "steps between samples")],
-        "sampling": [
-            ("prompt", str, None, "what to go on from, if not a new line or <|endoftext|>"),
-            ("max_new_tokens", whole, 500, "length"),
-            ("temperature", real, 1.0, "0 takes the likeliest token"),
-            ("top_k", count, None, "draw from the k likeliest tokens"),
-            ("top_p", share, None, "draw from the likeliest that reach this probability")]}
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train GPT-2 in NumPy; without arguments a small one on Shakespeare, as bytes.",
-        epilog="These are the defaults of the --model given; other models have others.")
-    for title, group in flags.items():
-        add = parser.add_argument_group(title).add_argument
-        for name, kind, default, text in group:
-            limits = {"choices": kind} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
-            add(f"--{name}", default=default, help=text, **limits)
-    parser.error = lambda message: refuse(f"{message} (see --help)")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", nargs="?")
-    parser.set_defaults(**MODELS.get(first.parse_known_args(argv)[0].model, BABY))
-    return parser.parse_args(argv)
-
-
-def refuse(message):
-    """Ends the program over what a person can mend: one line, exit status 2."""
-    print(f"train_gpt2.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
+FINE_TUNING = GPT2_124M | dict(lr=1e-4, min_lr=1e-5)  # for what --init_from gives
 
 def main():
     """The program."""
-    for stream in (sys.stdout, sys.stderr):  # a sample may hold characters that a terminal does not
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        run(parse_arguments())
-    except Refused as error:
-        refuse(error)
-    except OSError as error:
-        refuse(f"{error.filename or 'files'}: {reason(error)}")
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-
+    ranks = Ranks()
+    if ranks.rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        ranks.add_up(np.zeros(1))  # waits for rank 0, which may have files to fetch
+    args = files.parse_arguments(MODELS, FINE_TUNING)
+    parallel.threads = args.threads or files.usable_cpus()
+    tokenizer = TOKENIZERS[args.tokenizer]()
+    args.vocab_size = args.vocab_size or tokenizer.n_vocab
+    if args.only_sample:
+        model = GPT2.from_pretrained(args.folder)
+        for number in range(args.num_samples or 1):
+            print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, number]))
+        return
+    paths = files.find_tokens(args.data, args.tokenizer, args.train_bin, args.val_bin)
+    train, val = (Tokens(path, args.vocab_size) for path in paths)
+    if ranks.rank == 0:
+        ranks.add_up(np.zeros(1))
+    model, state = begin(args, ranks, [len(train), len(val)])
+    describe(args, model, train, val, ranks)
+    if ranks.rank == 0 and not args.resume:
+        files.put_aside(args.out)
+    train_loop(args, model, tokenizer, train, val, ranks, state)
 
 if __name__ == "__main__":
-    main()
+    files.program("train_gpt2.py", main)
