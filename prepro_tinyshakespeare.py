@@ -5,9 +5,9 @@
     python prepro_tinyshakespeare.py --text my_novel.txt   # data/my_novel_byte_*.bin
 
 A token file is llm.c's: 256 little-endian int32 (magic, version, number of tokens, zeros), then the
-tokens as little-endian uint16. All else that train_gpt2.py reads from outside or leaves behind is in
-this file too, so that train_gpt2.py need not speak of files: tokenizers, batches of tokens, downloads,
-GPT-2's weights as Hugging Face stores them, the checkpoints of a run, and its log.
+tokens as little-endian uint16. All else that train_gpt2.py reads from outside or leaves behind is
+here too, so that it need not speak of files: tokenizers, batches of tokens, downloads, GPT-2's
+weights as Hugging Face stores them, the checkpoints of a run, its log, and its command line.
 """
 import argparse
 import contextlib
@@ -53,7 +53,7 @@ def refuse(name, message):
 
 
 def program(name, main):
-    """Runs main() as a program: its mistakes that a person can mend get one line, not a traceback."""
+    """Runs main() as a program: mistakes that a person can mend get one line, not a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a text may hold characters that a terminal does not
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -74,7 +74,7 @@ def usable_cpus():
 
 
 def note_signals():
-    """A list that gets the number of the first SIGINT or SIGTERM; the second one ends the program."""
+    """A list that gets the number of the first SIGINT or SIGTERM; a second one ends the program."""
     caught = []
 
     def note(number, frame):
@@ -136,8 +136,8 @@ class GPT2Tokenizer(ByteTokenizer):
                           "(or train on bytes: --tokenizer byte)") from None
         except Exception as error:  # whatever tiktoken's downloader raises: no network, a bad proxy
             raise Refused(
-                f"GPT-2's merges could not be fetched: {reason(error)}; tiktoken wants vocab.bpe and "
-                f"encoder.json of {MERGES_URL} in {os.environ['TIKTOKEN_CACHE_DIR']}; set "
+                f"GPT-2's merges could not be fetched: {reason(error)}; tiktoken wants vocab.bpe "
+                f"and encoder.json of {MERGES_URL} in {os.environ['TIKTOKEN_CACHE_DIR']}; set "
                 "TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer byte") from None
 
     def encode(self, text):
@@ -340,7 +340,8 @@ def write_tensors(path, tensors):
     index, stop, crc = {"__metadata__": {"format": "pt"}}, 0, 0
     for name, x in tensors.items():
         start, stop = stop, stop + x.nbytes
-        index[name] = {"dtype": f"F{8 * x.itemsize}", "shape": x.shape, "data_offsets": (start, stop)}
+        index[name] = {"dtype": f"F{8 * x.itemsize}", "shape": x.shape,
+                       "data_offsets": (start, stop)}
     header = json.dumps(index).encode()
     header += b" " * (-len(header) % 8)
     with written_whole(path) as file:
@@ -358,11 +359,11 @@ def read_index(path):
     """
     def check(good, what):
         if not good:
-            raise Refused(f"{path}: not a safetensors file, or a damaged one ({what}); fetch or save "
-                          "it again")
+            raise Refused(f"{path}: not a safetensors file, or a damaged one ({what}); fetch or "
+                          "save it again")
     with open(path, "rb") as file:
         size, length = os.path.getsize(path) - 8, int.from_bytes(file.read(8), "little")
-        check(2 <= length <= min(size, 100 << 20), f"a header of {length} bytes in {size} is impossible")
+        check(2 <= length <= min(size, 100 << 20), f"a header of {length} bytes in {size}")
         try:
             index = json.loads(file.read(length).decode("utf-8"))
         except (ValueError, RecursionError):
@@ -403,10 +404,10 @@ def read_tensor(out, file, dtype, place):
 
 
 def read_weights(path, params):
-    """Fill {name: array} from a safetensors file of GPT-2's, as OpenAI, Hugging Face or we write it.
+    """Fill {name: array} from a safetensors file of a GPT-2, whoever wrote it.
 
     Names may begin with `transformer.`; a stored head has to be wte; masks that old files carry are
-    passed over. Raises Refused for any other tensor, for one that is missing, and for a wrong shape.
+    passed over. Raises Refused for any other tensor, a missing one, and a wrong shape.
     """
     index = {}
     for stored, entry in read_index(path).items():
@@ -417,8 +418,8 @@ def read_weights(path, params):
             index[name] = entry
     head = index.pop("lm_head.weight", None)
     for name in [*(params.keys() - index.keys()), *(index.keys() - params.keys())]:
-        raise Refused(f"{path}: {'has no' if name in params else 'has an unknown'} tensor {name}, so "
-                      "it is not the GPT-2 that its config.json describes; use a pair that match")
+        raise Refused(f"{path}: {'has no' if name in params else 'has an unknown'} tensor {name}, "
+                      "so it is not the GPT-2 of its config.json; use files that belong together")
     with open(path, "rb") as file:
         for name, (dtype, shape, place) in index.items():
             if shape != params[name].shape or dtype not in ("F64", "F32", "F16", "BF16"):
@@ -473,7 +474,7 @@ def read_config(folder):
 
 
 def write_model(folder, sizes, params):
-    """config.json and model.safetensors as transformers' GPT2LMHeadModel reads them; CRC-32 of each."""
+    """Write config.json and model.safetensors for transformers' GPT2LMHeadModel; CRC-32 of each."""
     config = {"architectures": ["GPT2LMHeadModel"], **ONLY, **sizes, "n_ctx": sizes["n_positions"],
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
               "bos_token_id": sizes["vocab_size"] - 1, "eos_token_id": sizes["vocab_size"] - 1}
@@ -560,11 +561,12 @@ def read_trainer(folder, verify=False):
 
     def check(good, name):
         if not good:
-            raise Refused(f"{folder / name}: damaged, its checksum is not the one it was saved with; "
-                          f"{way_out}")
+            raise Refused(f"{folder / name}: damaged, its checksum is not the one it was saved "
+                          f"with; {way_out}")
     written = read_json(folder / "trainer.json")
     text = written.get("content")
-    check(isinstance(text, str) and zlib.crc32(text.encode()) == written.get("crc32"), "trainer.json")
+    check(isinstance(text, str) and zlib.crc32(text.encode()) == written.get("crc32"),
+          "trainer.json")
     state = json.loads(text)
     for name, crc in state.pop("crc32").items() if verify else ():
         found = 0
@@ -578,10 +580,10 @@ def read_trainer(folder, verify=False):
 def read_state(folder, steps, asked):
     """The state of a run at a checkpoint, which has to be intact and to go with what is asked."""
     saved = read_trainer(folder, verify=True)
-    for name, thing in ("tokens", "tokens to train and validate on"), ("batch", "sequences a batch"):
+    for name, thing in ("tokens", "tokens to train and validate on"), ("batch", "sequences a step"):
         if saved[name] != asked[name]:
-            raise Refused(f"--resume: the run had {saved[name]} {thing}, not {asked[name]}; give it "
-                          "the same data, and --batch_size times processes")
+            raise Refused(f"--resume: the run had {saved[name]} {thing}, not {asked[name]}; give "
+                          "it the same data, and --batch_size times processes")
     if steps <= saved["step"]:
         raise Refused(f"--steps {steps}: the run has made {saved['step']} already; give more")
     return saved
@@ -604,8 +606,8 @@ def put_aside(out):
         return
     for other in out.iterdir():
         if other.name != "log.csv" and not re.fullmatch(r"step_\d{6}(\.tmp)?", other.name):
-            raise Refused(f"{out}: holds an earlier run and {other.name}, which is not a run's; move "
-                          "either, or give another --out")
+            raise Refused(f"{out}: holds an earlier run and {other.name}, which is not a run's; "
+                          "move either, or give another --out")
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
     os.replace(out, f"{out}.{number}")
     print(f"{out} holds an earlier run: it is {out}.{number} from now on")
@@ -637,7 +639,8 @@ class Log:
                              ms=f"{1e3 * each:.2f}", tokens_per_second=f"{speed:.0f}")
             print(f"step {step:{len(str(self.steps))}}/{self.steps} | loss {loss:.4f} | "
                   f"norm {norm:.2f} | lr {lr:.2e} | {1e3 * each:3.0f} ms | {speed:5.0f} tok/s | "
-                  f"{self.flops / each / 1e9:3.0f} GFLOP/s | eta {duration(each * (self.steps - step))}"
+                  f"{self.flops / each / 1e9:3.0f} GFLOP/s | "
+                  f"eta {duration(each * (self.steps - step))}"
                   + f" | network {1e3 * network:.0f} ms" * (network > 0), flush=True)
 
     def validation(self, step, loss):
@@ -702,7 +705,7 @@ def prepare(text, name, tokenizer_name):
     paths = token_files(name, tokenizer_name)
     for path, ids in zip(paths, tokenize(text, TOKENIZERS[tokenizer_name]())):
         if len(ids) < 2:
-            raise Refused(f"{name}: {len(text)} characters are too few to split; give a longer text")
+            raise Refused(f"{name}: {len(text)} characters are too few to split; give more text")
         write_tokens(path, ids)
         print(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens")
     return paths
@@ -779,8 +782,8 @@ FLAGS = {  # group: (name, what it is, default, help); a default of None is the 
         ("resume", bool, False, "go on from the last checkpoint in --out, with its options")],
     "model": [
         ("model", {}, "baby", "a shape and how to train it; the flags below override"),
-        ("init_from", str, "scratch", "gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights; or "
-         "a folder with config.json and model.safetensors, or an earlier run's"),
+        ("init_from", str, "scratch", "gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights; "
+         "or a folder with config.json and model.safetensors, or an earlier run's"),
         ("n_layer", COUNT, None, "L, blocks"), ("n_head", COUNT, None, "H, attention heads"),
         ("n_embd", COUNT, None, "C, channels"), ("n_positions", COUNT, None, "longest context"),
         ("vocab_size", COUNT, None, "V, if not the tokenizer's")],
@@ -829,10 +832,11 @@ def parse_arguments(models, fine_tuning, argv=None):
     for title, group in FLAGS.items():
         add = parser.add_argument_group(title).add_argument
         for name, kind, default, text in group:
-            if isinstance(kind, dict):
+            limits = {"type": kind, "metavar": "X"}
+            if kind is bool:
+                limits = {"action": "store_true"}
+            elif isinstance(kind, dict):
                 limits = {"choices": kind or models}
-            else:
-                limits = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "X"}
             add(f"--{name}", default=default, help=text, **limits)
     parser.error = lambda message: refuse("train_gpt2.py", f"{message} (see --help)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -844,9 +848,10 @@ def parse_arguments(models, fine_tuning, argv=None):
     if first.resume and not helped:
         saved = checkpoints(first.out)
         if not saved:
-            raise Refused(f"--resume: {first.out} has no checkpoint; leave --resume out, or give the "
-                          "run's --out")
+            raise Refused(f"--resume: {first.out} has no checkpoint; leave --resume out, or give "
+                          "the run's --out")
         found = read_trainer(saved[-1])["args"]
+        del found["folder"], found["only_sample"]
         defaults = found | {"folder": str(saved[-1]), "threads": None}
     elif first.init_from not in (None, "scratch") and not helped:
         folder = find_model(first.init_from, [name for name in models if name != "baby"])

@@ -6,12 +6,12 @@
 
 There is no autograd here and no tensor library: a network is a few flat arrays of numbers and, for
 every layer, one function that goes forward and one that goes backward. It refuses to be general:
-one architecture, one optimizer, no plug-ins, so that it can be read from top to bottom in a sitting.
-It goes the data's own way: the layers from the embedding to the loss, each with its way back; the
-block and the model they make; AdamW's step; the sample; training, and the command line around it.
-Impatient readers begin at block_forward, block_backward and GPT2. Text and tokens are the business
-of prepro_tinyshakespeare.py; test_gpt2.py has the same network in PyTorch, and holds every function
-of this file against it.
+one architecture, one optimizer, no plug-ins, so that it can be read from the top in a sitting. It
+goes the data's own way: the layers from the embedding to the loss, each with its way back; the
+block, the network and the model they make; AdamW's step; the sample; many machines; training.
+Impatient readers begin at block_forward, block_backward and the network below them. Files and the
+command line are the business of prepro_tinyshakespeare.py; test_gpt2.py has the same network in
+PyTorch, and holds every function of this file against it.
 
 Letters, the same everywhere:
     B  sequences in a batch        C  channels, the width of the stream (n_embd)
@@ -95,7 +95,7 @@ class Pool:
 parallel = Pool(files.usable_cpus())
 
 def split(n, pieces):
-    """range(n) as at most so many slices: a power of two, so that 2, 4 or 8 threads end together."""
+    """range(n) in at most so many slices: a power of two, so 2, 4 or 8 threads end together."""
     pieces = 1 << int(math.log2(max(1, min(n, pieces))))
     return [slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
@@ -106,9 +106,9 @@ def row_blocks(rows, width=1):
 def matmul(out, a, b, bias=None, add=False):
     """out = a @ b (+ bias), or out += a @ b; a (M,J), b (J,K), bias (K,) -> out (M,K).
 
-    Wide products are cut by columns, tall ones by rows, as each piece reads the uncut operand whole:
-    it is the smaller one. Large pieces run faster, so their size grows with the product too; when
-    all threads are at work anyway, there is just one.
+    Wide products are cut by columns, tall ones by rows, as each piece reads the uncut operand
+    whole: it is the smaller one. Large pieces run faster, so their size grows with the product too;
+    when all threads are at work anyway, there is just one.
     """
     if out.strides[0] < out.strides[1]:  # a transposed view; (a b)^T = b^T a^T lies as memory does
         out, a, b = out.T, b.T, a.T
@@ -207,7 +207,7 @@ def linear_forward(out, inp, weight, bias=None):
 
 # out_nk = sum_c inp_nc weight_ck + bias_k. The gradient of a factor is dout times the other factor,
 # summed over whichever index the factor does not have:
-#     dinp_nc = sum_k dout_nk weight_ck,  dweight_ck = sum_n inp_nc dout_nk,  dbias_k = sum_n dout_nk
+#     dinp_nc = sum_k dout_nk weight_ck, dweight_ck = sum_n inp_nc dout_nk, dbias_k = sum_n dout_nk
 # In matrices: dinp = dout @ weight^T and dweight = inp^T @ dout (their shapes allow nothing else).
 
 def linear_backward(dinp, dweight, dbias, dout, inp, weight):
@@ -372,7 +372,7 @@ def crossentropy_forward(losses, lse, logits, targets):
 # what the network expected, less what came. Logarithm and softmax together leave just this.
 
 def crossentropy_backward(dlogits, dloss, lse, logits, targets):
-    """Writes dlogits (N,V), which may be logits itself; dloss is every loss's gradient, a number."""
+    """Writes dlogits (N,V), which may be logits itself; dloss is each loss's gradient, a number."""
     def piece(rows):
         p = np.subtract(logits[rows], lse[rows], out=dlogits[rows])
         np.exp(p, out=p)
@@ -512,7 +512,7 @@ def spans(table):
             for stop, (name, shape) in zip(stops, table.items())}
 
 def carve(flat, table):
-    """{name: view} of a flat array. Write d[name][...] = or d[name] +=: d[name] = loses the view."""
+    """{name: view} of a flat array. Write d[name][...] = x, as d[name] = x loses the view."""
     return {name: flat[span].reshape(table[name]) for name, span in spans(table).items()}
 
 def under(prefix, views):
@@ -540,8 +540,8 @@ class GPT2:
         self.config, self.table, self.steps = config, parameter_table(config), 0
         self.stretch = slice(*stretch.indices(size(self.table)))
         self.flat_params = np.empty(size(self.table), dtype)
-        self.flat_grads = np.zeros_like(self.flat_params)
-        self.flat_m, self.flat_v = (np.zeros_like(self.flat_params[stretch]) for _ in "mv")
+        self.flat_grads = np.zeros(self.flat_params.size, dtype)  # takes no memory before its use
+        self.flat_m, self.flat_v = (np.zeros(self.flat_params[stretch].size, dtype) for _ in "mv")
         self.params = carve(self.flat_params, self.table)
         self.grads = carve(self.flat_grads, self.table)
         self.flat_acts, self.more_grads = np.empty(0, dtype), []
@@ -659,7 +659,7 @@ class GPT2:
         self.targets = self.logits = None
 
     def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
-        """One step of AdamW; returns the gradient's norm, before it is clipped to grad_clip (0: not).
+        """One step of AdamW; returns the gradient's norm, before clipping to grad_clip (0: none).
 
         If the norm is not finite, nothing changes.
         """
@@ -845,7 +845,7 @@ def learning_rate(step, steps, warmup, lr, min_lr):
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 def train_step(model, tokens, rng, lr, args, ranks, stop=0):
-    """One step on grad_accum micro-batches: (loss before it, norm of the gradient, sum of `stop`)."""
+    """One step on grad_accum micro-batches: (loss before it, gradient's norm, sum of `stop`)."""
     numbers, share = np.array([0.0, stop]), 1 / (args.grad_accum * ranks.size)
     for micro in range(args.grad_accum):
         batch = tokens.batch(rng, args.batch_size * ranks.size, args.seq_len)
@@ -931,13 +931,13 @@ def train_loop(args, model, tokenizer, train, val, ranks, state):
             lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
             loss, norm, stop = train_step(model, train, batches, lr, args, ranks, sum(caught))
             if not math.isfinite(loss + norm):
-                raise Refused(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower "
-                              f"--lr from {args.lr:g}, or lengthen --warmup from {args.warmup}; what "
-                              f"{args.out} has of before stays")
+                raise Refused(f"step {step}: the loss is {loss}, the gradient's norm {norm}; "
+                              f"lower --lr from {args.lr:g}, or lengthen --warmup from "
+                              f"{args.warmup}; what {args.out} has of before stays")
         if ranks.rank == 0:
             if step:
                 log.step(step, loss, norm, lr, time.perf_counter() - start, ranks.seconds,
-                         last or stop or step == 1 or step % args.log_every == 0)
+                         last or step == 1 or step % args.log_every == 0)
             if last or step % args.eval_every == 0:
                 log.validation(step, evaluate(model, val, args.batch_size, args.seq_len))
             log.write()
