@@ -620,6 +620,9 @@ class Log:
     def __init__(self, out, begin, steps, tokens, flops):
         self.steps, self.tokens, self.flops, self.times, self.row = steps, tokens, flops, [], {}
         path, rows = Path(out) / "log.csv", []
+        if not steps:  # there is nothing to tell that would be worth a file
+            self.file = open(os.devnull, "w", encoding="utf-8")
+            return
         if begin and path.exists():
             with open(path, encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
@@ -811,7 +814,7 @@ FLAGS = {  # group: (name, what it is, default, help); a default of None is the 
         ("prompt_file", read_text, None, "the same from a file"),
         ("num_samples", COUNT, None, "so many texts, and then nothing else either"),
         ("max_new_tokens", WHOLE, 500, "length"),
-        ("temperature", REAL, 1.0, "0 takes the likeliest token"),
+        ("temperature", REAL, 0.8, "below 1 the likelier are preferred; 0 takes the likeliest"),
         ("top_k", COUNT, None, "draw from the k likeliest tokens"),
         ("top_p", SHARE, None, "draw from the likeliest that reach this probability")]}
 FREE = {"steps", "batch_size", "threads", "out", "log_every", "eval_every", "sample_every",

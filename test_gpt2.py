@@ -1085,8 +1085,8 @@ def time_each_layer(model, step, batch):
     seconds, start = dict.fromkeys(["linear", "attention", "layernorm", "gelu", "crossentropy",
                                     "embedding", "adamw"], 0.0), time.perf_counter()
     for name, function in vars(gpt2).copy().items():
-        kind = "adamw" if name == "global_norm" else name.partition("_")[0]
-        if kind in seconds and callable(function):
+        kind = {"global_norm": "adamw"}.get(name, re.sub("_(for|back)ward$", "", name))
+        if kind in seconds:
             def timed(*args, kind=kind, function=function):
                 begin, side_by_side = time.perf_counter(), gpt2.parallel.at_work
                 result = function(*args)
@@ -1137,6 +1137,8 @@ def bench_worker(which, shape, threads):
 
 def peak_memory():
     """The most memory this process has had, in MB; nan where the system does not say."""
+    if Path("/proc/self/status").exists():  # Linux; getrusage there counts the parent's, too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
     try:
         import resource
     except ImportError:  # Windows

@@ -986,7 +986,7 @@ def main():
         ranks.add_up(np.zeros(1))
     model, state = begin(args, ranks, [len(train), len(val)])
     describe(args, model, train, val, ranks)
-    if ranks.rank == 0 and not args.resume:
+    if ranks.rank == 0 and args.steps and not args.resume:
         files.put_aside(args.out)
     train_loop(args, model, tokenizer, train, val, ranks, state)
 
