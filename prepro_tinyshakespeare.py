@@ -62,6 +62,10 @@ def program(name, main):
         refuse(name, error)
     except OSError as error:
         refuse(name, f"{error.filename or 'files'}: {reason(error)}")
+    except (MemoryError, OverflowError, ValueError) as error:
+        if isinstance(error, ValueError) and "allowed dimension" not in str(error):
+            raise
+        refuse(name, f"not enough memory: {reason(error)}; lower the sizes of the model or the batch")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -333,6 +337,7 @@ def download(url, path, by_hand, sha256=None):
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
             "BOOL": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def write_tensors(path, tensors):
@@ -422,13 +427,13 @@ def read_weights(path, params):
                       "so it is not the GPT-2 of its config.json; use files that belong together")
     with open(path, "rb") as file:
         for name, (dtype, shape, place) in index.items():
-            if shape != params[name].shape or dtype not in ("F64", "F32", "F16", "BF16"):
+            if shape != params[name].shape or dtype not in FLOATS:
                 raise Refused(f"{path}: {name} is {dtype} {shape} where floats of shape "
                               f"{params[name].shape} belong; use the config.json it came with")
             read_tensor(params[name], file, dtype, place)
         if head:
             wte = params["wte.weight"]
-            untied = head[1] != wte.shape
+            untied = head[1] != wte.shape or head[0] not in FLOATS
             if not untied:
                 stored = np.empty_like(wte)
                 read_tensor(stored, file, head[0], head[2])

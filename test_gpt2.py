@@ -617,6 +617,23 @@ def test_adamw_matches_torch(decay, clip):
     agree(model.params, tensors, 1e-12)
 
 
+def test_a_stretch_of_the_parameters_is_updated_as_it_is_within_the_whole():
+    whole, before = perturbed(SMALL), perturbed(SMALL).flat_params
+    n, grads = before.size, np.random.default_rng(5).standard_normal(before.size)
+    whole.flat_grads[:] = grads
+    for _ in range(3):
+        whole.update(0.1)
+    for stretch in (slice(0, 700), slice(700, n - 100), slice(n - 100, n)):  # cut within matrices
+        model = gpt2.GPT2(SMALL, np.float64, 0, stretch)
+        model.flat_params[:], model.flat_grads[:] = before, grads
+        for _ in range(3):
+            model.update(0.1)
+        assert model.flat_m.size == stretch.stop - stretch.start
+        changed = np.flatnonzero(model.flat_params != before)
+        assert (changed == np.arange(n)[stretch]).all()
+        np.testing.assert_array_equal(model.flat_params[stretch], whole.flat_params[stretch])
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     model = gpt2.GPT2(SMALL)
     before = model.flat_params.copy()
