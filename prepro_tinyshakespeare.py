@@ -859,7 +859,7 @@ def parse_arguments(models, fine_tuning, argv=None):
             raise Refused(f"--resume: {first.out} has no checkpoint; leave --resume out, or give "
                           "the run's --out")
         found = read_trainer(saved[-1])["args"]
-        del found["folder"], found["only_sample"]
+        del found["folder"], found["only_sample"], found["resume"]
         defaults = found | {"folder": str(saved[-1]), "threads": None}
     elif first.init_from not in (None, "scratch") and not helped:
         folder = find_model(first.init_from, [name for name in models if name != "baby"])
