@@ -798,7 +798,7 @@ FLAGS = {  # group: (name, what it is, default, help); a default of None is the 
     "optimisation": [
         ("steps", WHOLE, None, "0 only validates and samples"),
         ("batch_size", COUNT, None, "B, sequences in a micro-batch"),
-        ("seq_len", COUNT, 64, "T, tokens in a sequence"),
+        ("seq_len", COUNT, None, "T, tokens in a sequence; 64, or a shorter context"),
         ("grad_accum", COUNT, 1, "micro-batches in a step"),
         ("lr", REAL, None, "highest learning rate"),
         ("min_lr", REAL, None, "learning rate at the end"),
@@ -877,6 +877,7 @@ def parse_arguments(models, fine_tuning, argv=None):
             raise Refused(f"--{name} {getattr(args, name)} would change what --"
                           f"{'resume' if args.resume else 'init_from'} goes on from, which has "
                           f"{found[name]}; leave it out")
+    args.seq_len = args.seq_len or min(64, args.n_positions)
     if args.seq_len > args.n_positions:
         raise Refused(f"--seq_len {args.seq_len} is longer than the context, --n_positions "
                       f"{args.n_positions}; lower the one or raise the other")

@@ -10,12 +10,18 @@ order and under the same names, written with PyTorch's own functions and differe
 """
 import argparse
 import csv
+import errno
+import hashlib
+import http.server
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -993,6 +999,646 @@ def test_prepro_says_what_to_do_when_the_download_fails(tmp_path):
     assert result.returncode == 2
     assert re.fullmatch(r"prepro_\S+: error: https://\S+/input.txt could not be fetched: .*; download it "
                         r"by hand and put it at data.tinyshakespeare.txt\n", result.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights in and out.
+
+def saved_model(folder, config=SMALL, dtype=np.float32):
+    """A perturbed model and the folder that it is saved in."""
+    model = perturbed(config, dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def tensors_of(path):
+    """A safetensors file read by its description alone: ({name: entry}, the numbers' bytes)."""
+    data = Path(path).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8:8 + length]), data[8 + length:]
+
+
+def write_raw(path, entries):
+    """{name: (dtype, shape, bytes)} as a safetensors file."""
+    index, payload = {}, b""
+    for name, (dtype, shape, raw) in entries.items():
+        index[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(payload), len(payload) + len(raw)]}
+        payload += raw
+    header = json.dumps(index).encode()
+    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + payload)
+
+
+def raw_entries(model):
+    return {name: ("F32", x.shape, x.tobytes()) for name, x in model.params.items()}
+
+
+def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path):
+    for dtype in (np.float32, np.float64):
+        model = saved_model(tmp_path, dtype=dtype)
+        again = gpt2.GPT2.from_pretrained(tmp_path, dtype)
+        assert again.config == SMALL and again.flat_params.tobytes() == model.flat_params.tobytes()
+        index, numbers = tensors_of(tmp_path / "model.safetensors")
+        assert index.pop("__metadata__") == {"format": "pt"} and len(index) == len(model.params)
+        for name, x in model.params.items():
+            entry = index[f"transformer.{name}"]
+            start, stop = entry["data_offsets"]
+            assert entry["shape"] == list(x.shape) and numbers[start:stop] == x.tobytes()
+
+
+def test_files_in_the_wild_are_read(tmp_path):
+    """No prefix, a stored head, old masks, and half precision."""
+    model = saved_model(tmp_path)
+    path, wte = tmp_path / "model.safetensors", model.params["wte.weight"]
+    mask = {"h.0.attn.bias": ("BOOL", (1, 1, 8, 8), bytes(64)), "h.1.attn.masked_bias": ("F32", (), bytes(4))}
+    write_raw(path, mask | raw_entries(model) | {"lm_head.weight": ("F32", wte.shape, wte.tobytes())})
+    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == model.flat_params).all()
+    write_raw(path, {n: ("F16", x.shape, x.astype("<f2").tobytes()) for n, x in model.params.items()})
+    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == model.flat_params.astype(np.float16)).all()
+    upper = {n: (x.view(np.uint32) >> 16).astype("<u2") for n, x in model.params.items()}
+    write_raw(path, {n: ("BF16", x.shape, x.tobytes()) for n, x in upper.items()})
+    cut = (model.flat_params.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == cut).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda e: e.pop("h.1.mlp.c_fc.bias"), "has no tensor h.1.mlp.c_fc.bias"),
+    (lambda e: e.update({"extra": ("F32", (1,), bytes(4))}), "unknown tensor extra"),
+    (lambda e: e.update({"ln_f.bias": ("F32", (6, 2), bytes(48))}), r"ln_f.bias is F32 \(6, 2\)"),
+    (lambda e: e.update({"ln_f.bias": ("I32", (12,), bytes(48))}), r"ln_f.bias is I32"),
+    (lambda e: e.update({"transformer.ln_f.bias": e["ln_f.bias"]}), "has ln_f.bias twice"),
+    (lambda e: e.update({"lm_head.weight": ("F32", (17, 12), bytes(17 * 48))}), "lm_head.weight is not wte"),
+    (lambda e: e.update({"lm_head.weight": ("BOOL", (17, 12), bytes(17 * 12))}), "lm_head.weight is not wte"),
+])
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
+    entries = raw_entries(saved_model(tmp_path))
+    change(entries)
+    write_raw(tmp_path / "model.safetensors", entries)
+    with pytest.raises(prepro.Refused, match=f"model.safetensors: .*{message}"):
+        gpt2.GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
+    ("tie_word_embeddings", False), ("n_inner", 100), ("n_embd", "12"), ("n_layer", None), ("n_head", 0),
+    ("vocab_size", 1.5), ("layer_norm_epsilon", 1e-6), ("model_type", "llama"), ("n_positions", True)])
+def test_configs_of_something_else_are_refused_by_name(tmp_path, name, value):
+    saved_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(prepro.Refused, match=f"config.json: {name} is {value!r}"):
+        gpt2.GPT2.from_pretrained(tmp_path)
+
+
+def mutated(data, rng):
+    """The bytes with something wrong: flipped, cut, doubled, or a number in the header changed."""
+    data, kind = bytearray(data), rng.integers(5)
+    at = int(rng.integers(min(len(data), 3000) if rng.random() < 0.7 else len(data)))
+    if kind == 0:
+        data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del data[at:]
+    elif kind == 2:
+        data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+    elif kind == 3:
+        digits = [i for i in range(min(len(data), 3000)) if chr(data[i]).isdigit()]
+        data[digits[int(rng.integers(len(digits)))] if digits else at] = ord("0") + int(rng.integers(10))
+    else:
+        data[at:at + 4] = rng.bytes(4)
+    return bytes(data)
+
+
+def test_mutated_weight_files_are_refused_or_load_to_what_they_hold(tmp_path):
+    saved_model(tmp_path)
+    path, rng, loaded = tmp_path / "model.safetensors", np.random.default_rng(7), 0
+    original = path.read_bytes()
+    for _ in range(2000):
+        path.write_bytes(mutated(original, rng))
+        try:
+            with np.errstate(all="ignore"):
+                model = gpt2.GPT2.from_pretrained(tmp_path)
+        except prepro.Refused as refused:
+            assert "model.safetensors" in str(refused) and "\n" not in str(refused)
+            continue
+        loaded += 1
+        index, numbers = tensors_of(path)
+        for name, x in model.params.items():
+            entry = index.get(f"transformer.{name}") or index[name]
+            start, stop = entry["data_offsets"]
+            if entry["dtype"] == "F32":
+                assert x.tobytes() == numbers[start:stop], name
+    assert 100 < loaded < 1500
+
+
+def test_mutated_token_files_are_refused_or_load_to_what_they_hold(tmp_path):
+    path, rng, loaded = write(tmp_path / "t.bin"), np.random.default_rng(8), 0
+    original = path.read_bytes()
+    for _ in range(1000):
+        data = mutated(original, rng)
+        path.write_bytes(data)
+        try:
+            ids = np.concatenate([x.ravel() for x, _ in prepro.Tokens(path, 2**16).once(2, 4)])
+        except prepro.Refused:
+            continue
+        loaded += 1
+        held = np.frombuffer(data, "<u2", offset=1024)
+        assert (ids == held[:-1]).all() and len(held) == int.from_bytes(data[8:12], "little")
+    assert loaded > 100
+
+
+# ------------------------------------------------------------------------------------------------
+# The cache.
+
+@pytest.mark.parametrize("B, dtype, tolerance", [(1, np.float64, 1e-12), (3, np.float64, 1e-12), (3, np.float32, 1e-5)])
+def test_cached_logits_are_uncached_logits_at_every_position(B, dtype, tolerance):
+    """Measured: 2e-15 in float64, 4e-7 in float32."""
+    config = gpt2.GPTConfig(61, 150, 24, 2, 2)
+    cached, uncached = perturbed(config, dtype), perturbed(config, dtype)
+    ids, cache = random_ids(config, B, 150)[0], None
+    for t in [5, *range(6, 151)]:
+        logits, cache = cached.continue_with(ids[:, :t], cache)
+        agree({"logits": logits}, {"logits": uncached.forward(ids[:, :t])[:, -1]}, tolerance)
+
+
+def test_past_the_context_the_window_slides_by_a_quarter():
+    model, fresh = perturbed(SMALL), perturbed(SMALL)
+    out = model.generate([[3, 1]], 20, temperature=0)[0]
+    first = 0
+    for t in range(2, 22):
+        if t - first > 8:
+            first = t - 6
+        assert out[t] == fresh.forward([out[first:t]])[0, -1].argmax(), t
+
+
+def test_a_character_in_two_tokens_is_not_broken(capsys):
+    class Speaker:
+        def generate(self, ids, n, *rest):
+            assert ids == [[79, 104]]
+            for byte in "é!".encode():
+                rest[-1](np.array([byte]))
+    args = types.SimpleNamespace(prompt="Oh", tokenizer="byte", max_new_tokens=3, temperature=1, top_k=None, top_p=None)
+    gpt2.print_sample(Speaker(), prepro.ByteTokenizer(), args, None)
+    assert capsys.readouterr().out == "Ohé!\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that stop, go on, and fail.
+
+TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--n_positions", "16", "--seq_len", "16",
+        "--batch_size", "3", "--train_bin", "train.bin", "--val_bin", "val.bin", "--warmup", "5",
+        "--max_new_tokens", "30", "--log_every", "1", "--eval_every", "10", "--sample_every", "15"]
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder with token files, in which runs take a second."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(3)
+    for name, n in ("train", 3000), ("val", 200):
+        prepro.write_tokens(tmp_path / f"{name}.bin", rng.integers(65, 91, size=n))
+    return tmp_path
+
+
+def trainer(monkeypatch, *arguments):
+    """train_gpt2.py's main in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *map(str, arguments)])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        gpt2.files.program("train_gpt2.py", gpt2.main)
+    except SystemExit as done:
+        return done.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def result_of(out, steps):
+    """What must be the same: the log without its times, and all numbers of the last checkpoint."""
+    log = [line.split(",")[:5] for line in (Path(out) / "log.csv").read_text().splitlines()]
+    folder = Path(out) / f"step_{steps:06}"
+    state = prepro.read_trainer(folder, verify=True)
+    return log, state["rng"], [(folder / f"{x}.safetensors").read_bytes() for x in ("model", "optimizer")]
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen([sys.executable, HERE / "train_gpt2.py", *map(str, arguments)], cwd=cwd,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(tiny, number, monkeypatch, capfd):
+    assert trainer(monkeypatch, *TINY, "--steps", 400, "--out", "whole") == 0
+    whole = capfd.readouterr().out
+    process, seen = start(*TINY, "--steps", 400, "--out", "parts", cwd=tiny), ""
+    while "step   7/" not in seen:
+        seen += process.stdout.readline()
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "stopping after this step" in errors
+    stopped = int(re.search(r"stopped after step (\d+), which is saved in parts", rest)[1])
+    assert stopped < 400
+    assert trainer(monkeypatch, "--resume", "--out", "parts") == 0
+    assert result_of("parts", 400) == result_of("whole", 400)
+    texts = re.compile("-{80}\n(.*?)\n-{80}", re.S)
+    assert texts.findall(seen + rest + capfd.readouterr().out) == texts.findall(whole)
+
+
+@POSIX
+def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(tiny, monkeypatch):
+    """20 kills at random moments of a run that does little but save."""
+    options = [*TINY, "--steps", 300, "--save_every", 1, "--eval_every", 1000, "--sample_every", 1000]
+    assert trainer(monkeypatch, *options, "--out", "whole") == 0
+    rng, kills, saved = np.random.default_rng(4), 0, 0
+    while kills < 20:
+        going_on = saved > 0
+        process = start(*(["--resume", "--steps", 300] if going_on else options), "--out", "killed", cwd=tiny)
+        process.stdout.readline()  # its first word: everything is imported
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        kills += 1
+        folders = prepro.checkpoints("killed")
+        if folders:
+            prepro.read_trainer(folders[-1], verify=True)
+            saved = int(folders[-1].name[5:])
+        if saved >= 300:
+            break
+    assert saved > 0
+    if saved < 300:
+        assert trainer(monkeypatch, "--resume", "--out", "killed") == 0
+    assert result_of("killed", 300)[0] == result_of("whole", 300)[0]
+    assert result_of("killed", 300)[2] == result_of("whole", 300)[2]
+    assert not list(Path("killed").glob("*.tmp"))
+
+
+def test_resuming_refuses_what_would_change_the_run(tiny, monkeypatch, capsys):
+    assert trainer(monkeypatch, *TINY, "--steps", 6, "--save_every", 3) == 0
+    capsys.readouterr()
+    for arguments, message in [
+            (["--n_embd", 32], "--n_embd 32 would change"), (["--lr", 1], "--lr 1.0 would change"),
+            (["--seed", 1], "--seed 1 would change"), (["--train_bin", "val.bin"], "--train_bin val.bin would"),
+            (["--batch_size", 4], "the run had 3 sequences a step, not 4"), ([], "the run has made 6 already"),
+            (["--steps", 5], "the run has made 6 already"), (["--out", "other"], "other has no checkpoint")]:
+        assert trainer(monkeypatch, "--resume", *arguments) == 2
+        assert re.fullmatch(f"train_gpt2.py: error: .*{message}.*\n", capsys.readouterr().err)
+    prepro.write_tokens("train.bin", np.arange(100))
+    assert trainer(monkeypatch, "--resume", "--steps", 9) == 2
+    assert "the run had [3000, 200] tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_opens(tiny, name, monkeypatch, capsys):
+    assert trainer(monkeypatch, *TINY, "--steps", 6, "--save_every", 3) == 0
+    path = Path("out/step_000006") / name
+    data = path.read_bytes()
+    capsys.readouterr()
+    flipped = bytearray(data)
+    flipped[len(data) * 2 // 3] ^= 4
+    for damaged in (data[:len(data) // 2], bytes(flipped), b""):
+        path.write_bytes(damaged)
+        assert trainer(monkeypatch, "--resume", "--steps", 8) == 2
+        assert re.fullmatch(f"train_gpt2.py: error: out.step_000006.{name}: .*\n", capsys.readouterr().err)
+    shutil.rmtree("out/step_000006")
+    assert trainer(monkeypatch, "--resume", "--steps", 8) == 0
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tiny, monkeypatch, capsys):
+    """ENOSPC at the first write of a save, at the second, ..., until one succeeds."""
+    assert trainer(monkeypatch, *TINY, "--steps", 4, "--save_every", 2) == 0
+    capsys.readouterr()
+    shutil.rmtree("out/step_000004")
+    before, failures = prepro.read_trainer("out/step_000002", verify=True), 0
+    model = gpt2.GPT2.from_pretrained("out/step_000002")
+
+    def full_after(n):
+        left = [n]
+
+        class Full:
+            def __init__(self, file): self.file = file
+            def __enter__(self): return self
+            def __exit__(self, *args): self.file.close()
+            def __getattr__(self, name): return getattr(self.file, name)
+            def write(self, data):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return self.file.write(data)
+
+        def opened(path, mode="r", *args, **kwargs):
+            file = open(path, mode, *args, **kwargs)
+            return Full(file) if mode == "wb" else file
+        return opened
+    for n in range(100):
+        monkeypatch.setattr(prepro, "open", full_after(n), raising=False)
+        try:
+            prepro.save_checkpoint("out", vars(model.config), model.params, {"m": model.flat_m, "v": model.flat_v},
+                                   before | {"step": 4})
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            failures += 1
+        finally:
+            monkeypatch.undo()
+        assert [p.name for p in prepro.checkpoints(tiny / "out")] == ["step_000002"]
+        assert not list((tiny / "out").glob("*.tmp")) and prepro.read_trainer(tiny / "out/step_000002", verify=True)
+        os.chdir(tiny)
+    assert failures == 1 + 2 + len(model.params) + 2 + 2 + 1  # config, two headers and what they head, trainer
+    assert prepro.read_trainer("out/step_000004", verify=True)["step"] == 4
+
+
+def test_an_earlier_run_is_put_aside(tiny, monkeypatch, capsys):
+    for _ in range(3):
+        assert trainer(monkeypatch, *TINY, "--steps", 1) == 0
+    assert capsys.readouterr().out.count("out holds an earlier run: it is out.") == 2
+    assert all((Path(x) / "log.csv").exists() for x in ("out", "out.1", "out.2"))
+    Path("out/thesis.txt").write_text("mine")
+    assert trainer(monkeypatch, *TINY, "--steps", 1) == 2
+    assert "thesis.txt, which is not a run's" in capsys.readouterr().err and Path("out/thesis.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(tiny, monkeypatch, capsys):
+    with np.errstate(all="ignore"):
+        assert trainer(monkeypatch, *TINY, "--steps", 300, "--save_every", 1, "--lr", 1e37, "--grad_clip", 0,
+                    "--warmup", 2) == 2
+    step, advice = re.fullmatch(r"train_gpt2.py: error: step (\d+): the loss is (.*)\n", capsys.readouterr().err).groups()
+    assert "lower --lr from 1e+37" in advice
+    folders = prepro.checkpoints("out")
+    assert folders[-1].name == f"step_{int(step) - 1:06}" and prepro.read_trainer(folders[-1], verify=True)
+
+
+def test_weights_speak_and_exit(tiny, monkeypatch, capsys):
+    assert trainer(monkeypatch, *TINY, "--steps", 2) == 0
+    capsys.readouterr()
+    options = ["--init_from", "out", "--prompt", "ROMEO:", "--num_samples", 2, "--seed", 7, "--max_new_tokens", 40,
+               "--temperature", 0.8, "--top_k", 40, "--top_p", 0.95]
+    assert trainer(monkeypatch, *options) == 0
+    said = capsys.readouterr().out
+    assert said.count("ROMEO:") == 2 and "step" not in said and len(said) > 60
+    assert trainer(monkeypatch, *options) == 0 and capsys.readouterr().out == said
+    assert trainer(monkeypatch, "--init_from", "out", "--steps", 1, "--out", "tuned", *TINY[10:]) == 0  # trains on
+    assert "out" in capsys.readouterr().out.splitlines()[0] and Path("tuned/step_000001").is_dir()
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine.
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server with the bytes `content`; `behave` says how it misbehaves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            how, first = state.behave.pop(0) if state.behave else "", 0
+            state.ranges.append(self.headers.get("Range"))
+            if how == "404" or how == "416":
+                return self.send_error(int(how))
+            if self.headers.get("Range") and how != "ignores ranges":
+                first = int(self.headers["Range"][6:-1])
+            body = state.content[first:]
+            self.send_response(206 if first else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if how == "breaks off" else body)
+
+        def log_message(self, *args): pass
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    state = types.SimpleNamespace(behave=[], ranges=[], content=np.random.default_rng(0).bytes(300000),
+                                  url=f"http://127.0.0.1:{web.server_port}/f")
+    yield state
+    web.shutdown()
+
+
+@pytest.mark.parametrize("behave, ranges", [
+    ([], [None]), (["breaks off", ""], [None, "bytes=150000-"]),
+    (["breaks off", "breaks off", ""], [None, "bytes=150000-", "bytes=225000-"]),
+    (["breaks off", "ignores ranges"], [None, "bytes=150000-"]),
+    (["breaks off", "416", ""], [None, "bytes=150000-", None])])
+def test_a_download_goes_on_where_it_stopped_and_appears_whole(server, behave, ranges):
+    server.behave = list(behave)
+    for attempt in range(behave.count("breaks off")):
+        with pytest.raises(prepro.Refused, match="/f could not be fetched: .* bytes are kept.*; by hand"):
+            prepro.download(server.url, "w", "by hand")
+        assert not Path("w").exists()
+    prepro.download(server.url, "w", "by hand", hashlib.sha256(server.content).hexdigest())
+    assert Path("w").read_bytes() == server.content and not Path("w.part").exists() and server.ranges == ranges
+
+
+def test_a_download_that_is_missing_or_something_else_is_refused(server):
+    server.behave = ["404"]
+    with pytest.raises(prepro.Refused, match="/f could not be fetched: .*; by hand"):
+        prepro.download(server.url, "w", "by hand")
+    with pytest.raises(prepro.Refused, match="sha256 .* where 00 was expected"):
+        prepro.download(server.url, "w", "by hand", "00")
+    assert not Path("w").exists() and not Path("w.part").exists()
+
+
+def test_gpt2_is_fetched_by_name(server, monkeypatch):
+    monkeypatch.setattr(prepro, "MODEL_URL", server.url + "/{}/{}")
+    assert prepro.find_model("gpt2", ["gpt2"]) == Path("data/gpt2")
+    assert Path("data/gpt2/model.safetensors").read_bytes() == server.content
+    monkeypatch.setattr(prepro, "MODEL_URL", "http://127.0.0.1:9/{}/{}")
+    with pytest.raises(prepro.Refused, match="http://127.0.0.1:9/gpt2-xl/config.json and "
+                       "http://127.0.0.1:9/gpt2-xl/model.safetensors by hand into data.gpt2-xl"):
+        prepro.find_model("gpt2-xl", ["gpt2", "gpt2-xl"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one line that names the thing, the value and the way out, and exit status 2.
+
+def make(name, change=None):
+    """Makes, in this folder, a model `m` and then something wrong with its file `name`."""
+    def making():
+        saved_model("m", gpt2.GPTConfig(257, 16, 16, 1, 2))
+        data = (Path("m") / name).read_bytes()
+        (Path("m") / name).write_bytes(change(data)) if change else (Path("m") / name).unlink()
+    return making
+
+
+def header(**changes):
+    """A safetensors file with one entry of its header changed."""
+    def change(data):
+        length = int.from_bytes(data[:8], "little")
+        index = json.loads(data[8:8 + length])
+        index["transformer.ln_f.bias"] |= changes
+        text = json.dumps(index).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length:]
+    return change
+
+
+def config_with(**changes):
+    return lambda data: json.dumps(json.loads(data) | changes).encode()
+
+
+def tokens_file(*args, **kwargs):
+    return lambda: write(Path("bad.bin"), *args, **kwargs)
+
+
+BAD = ["--train_bin", "bad.bin", "--val_bin", "val.bin", "--steps", "1"]
+FROM_M = ["--init_from", "m", "--prompt", "x"]
+BAD_INPUT = [  # what is on the command line, what the message says, what has to be there
+    *[([f"--{name}", value], f"--{name}: {value} is not a whole number of at least 1", None)
+      for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "batch_size", "seq_len", "grad_accum",
+                   "log_every", "eval_every", "save_every", "sample_every", "top_k", "num_samples", "threads")
+      for value in ("0",)],
+    *[([f"--{name}", "-1"], f"--{name}: .*-1", None) for name in ("steps", "warmup", "seed", "max_new_tokens")],
+    *[([f"--{name}", value], f"--{name}: {value} is not a number", None)
+      for name in ("lr", "min_lr", "weight_decay", "grad_clip", "temperature") for value in ("nan", "much")],
+    (["--n_layer", "2.5"], "2.5 is not a whole number", None), (["--lr", "inf"], "inf is not a number", None),
+    (["--top_p", "1.5"], "1.5 is not a number of at least 0 and at most 1", None),
+    (["--beta1", "2"], "--beta1: 2 is not", None), (["--beta2", "-0.1"], "--beta2", None),
+    (["--n_heads", "3"], "unrecognized arguments: --n_heads", None), (["play"], "unrecognized arguments: play", None),
+    (["--n_embd"], "--n_embd: expected one argument", None),
+    (["--model", "gpt3"], "invalid choice: 'gpt3'", None), (["--tokenizer", "word"], "invalid choice: 'word'", None),
+    (["--n_embd", "18", "--n_head", "4", *TINY[6:]], "n_embd 18 .* n_head 4 heads; choose a multiple", None),
+    (["--seq_len", "65"], "--seq_len 65 .* --n_positions 64; lower", None),
+    (["--train_bin", "train.bin"], "--train_bin and --val_bin belong together", None),
+    (["--train_bin", "no*.bin", "--val_bin", "val.bin"], "no.*bin: no such file", None),
+    (["--data", "novel"], "data.novel_byte_train.bin: no such file; make it with", None),
+    ([*TINY, "--steps", "1", "--out", "val.bin"], "val.bin", None),
+    ([*TINY, "--steps", "1", "--out", "val.bin/x"], "val.bin", None),
+    ([*TINY, "--seq_len", "16", "--vocab_size", "70"], "train.bin: id .* outside the vocabulary of 70", None),
+    (["--prompt", ""], "--prompt: is empty; give some text", None),
+    (["--prompt_file", "none.txt"], "none.txt: No such file", None),
+    (["--prompt_file", "empty.txt"], "empty.txt: the file is empty", lambda: Path("empty.txt").write_bytes(b"")),
+    (["--prompt_file", "l1.txt"], "l1.txt: not UTF-8", lambda: Path("l1.txt").write_bytes(b"caf\xe9")),
+    (["--resume"], "--resume: out has no checkpoint", None),
+    (["--init_from", "nowhere"], "nowhere: has no config.json; give a folder", None),
+    (["--init_from", "m", "--n_embd", "32"], "--n_embd 32 would change what --init_from goes on from, which has 16",
+     make("config.json", lambda data: data)),
+    (["--init_from", "m", "--prompt", "x", "--tokenizer", "gpt2"], "need the package tiktoken: pip install tiktoken",
+     make("config.json", lambda data: data)),
+    (FROM_M, "m: has no config.json", make("config.json")), (FROM_M, "m: has no model.safetensors", make("model.safetensors")),
+    (FROM_M, "config.json: not a JSON object", make("config.json", lambda data: data[:20])),
+    (FROM_M, "config.json: not a JSON object", make("config.json", lambda data: b"[1]")),
+    (FROM_M, "config.json: not a JSON object", make("config.json", lambda data: b"\xff\xfe")),
+    (FROM_M, "activation_function is 'relu'", make("config.json", config_with(activation_function="relu"))),
+    (FROM_M, "n_embd is '16'", make("config.json", config_with(n_embd="16"))),
+    (FROM_M, "n_embd 15 does not divide into n_head 2", make("config.json", config_with(n_embd=15))),
+    (FROM_M, "ln_f.bias is F32|wpe.weight is F32", make("config.json", config_with(n_positions=32, n_embd=16))),
+    (FROM_M, "has no tensor h.1", make("config.json", config_with(n_layer=2))),
+    ([*FROM_M, "--seq_len", "16"], "no tokenizer here has 300 tokens", make("config.json", config_with(vocab_size=300))),
+    (FROM_M, "model.safetensors: not a safetensors file", make("model.safetensors", lambda data: b"")),
+    (FROM_M, "model.safetensors: not a safetensors file", make("model.safetensors", lambda data: data[:7])),
+    (FROM_M, "a header of 18446744073709551615 bytes", make("model.safetensors", lambda data: b"\xff" * 8 + data[8:])),
+    (FROM_M, "its header is not JSON", make("model.safetensors", lambda data: data[:8] + b"x" + data[9:])),
+    (FROM_M, "its tensors do not fill", make("model.safetensors", lambda data: data[:-4])),
+    (FROM_M, "its tensors do not fill", make("model.safetensors", lambda data: data + b"1234")),
+    (FROM_M, "has dtype 'F31'", make("model.safetensors", header(dtype="F31"))),
+    (FROM_M, "cannot lie at", make("model.safetensors", header(shape=[17]))),
+    (FROM_M, "has the shape", make("model.safetensors", header(shape=[-16]))),
+    (FROM_M, "has the shape", make("model.safetensors", header(data_offsets=[0]))),
+    (FROM_M, "cannot lie at|do not fill", make("model.safetensors", header(data_offsets=[0, 64]))),
+    (FROM_M, "is not a tensor", make("model.safetensors", header(more=1))),
+    (BAD, "bad.bin: not a token file .magic 1,", tokens_file((1, 1, 20))),
+    (BAD, "bad.bin: version 2", tokens_file((20240520, 2, 20))),
+    (BAD, "says 21 tokens, it holds 20", tokens_file((20240520, 1, 21))),
+    (BAD, "too short for a token file's header", lambda: Path("bad.bin").write_bytes(b"12")),
+    (BAD, "bad.bin: has no 65 tokens in a row; lower --seq_len 64", tokens_file()),
+    (BAD, "bad.bin: id 300 at token", tokens_file((20240520, 1, 70), [300] * 70)),
+    (["--n_embd", "1000000000000", "--n_head", "1", *TINY[6:]], "not enough memory", None),
+    ([*TINY, "--batch_size", "100000000000"], "not enough memory", None)]
+
+
+@pytest.mark.parametrize("arguments, message, making", BAD_INPUT, ids=[
+    re.sub(r"[^\w.-]+", "_", " ".join(a))[:40] + f"_{i}" for i, (a, *_) in enumerate(BAD_INPUT)])
+def test_bad_input_gets_one_line_and_status_2(tiny, arguments, message, making, monkeypatch, capsys):
+    if making:
+        making()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tiny / "none"))
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # as if it were not installed: no waiting for a network
+    with np.errstate(all="ignore"):
+        assert trainer(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"(validating.*\n)*train_gpt2.py: error: .*({message}).*\n", said), said
+
+
+def test_there_are_at_least_60_cases_of_bad_input():
+    assert len(BAD_INPUT) >= 60
+
+
+# ------------------------------------------------------------------------------------------------
+# Many processes, under torchrun.
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def torchrun(*command, cwd, wait=True):
+    process = subprocess.Popen([*TORCHRUN, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return (process, *process.communicate(timeout=120)) if wait else process
+
+
+WITH_GLOO = pytest.mark.skipif(sys.platform != "linux", reason="gloo on one machine is tested where its name resolves")
+
+
+@WITH_GLOO
+def test_two_ranks_train_as_one_process_does(tiny, monkeypatch):
+    """Also when the run was saved by the other number of ranks. Measured: equal to all 6 digits."""
+    options = [*TINY, "--steps", 20, "--save_every", 10]
+    assert trainer(monkeypatch, *options, "--batch_size", 12, "--out", "one") == 0
+    process, out, err = torchrun(HERE / "train_gpt2.py", *options, "--batch_size", 6, "--out", "two", cwd=tiny)
+    assert process.returncode == 0, err
+    assert out.count("step 20 | val loss") == 1 and "| network " in out and "in each of 2 processes" in out
+
+    def numbers(out): return [[float(x or 0) for x in row[1:4]] for row in result_of(out, int(
+        prepro.checkpoints(out)[-1].name[5:]))[0][1:]]
+    np.testing.assert_allclose(numbers("two"), numbers("one"), rtol=1e-5)
+    assert trainer(monkeypatch, "--resume", "--out", "two", "--steps", 30, "--batch_size", 12) == 0
+    process, _, err = torchrun(HERE / "train_gpt2.py", "--resume", "--out", "one", "--steps", 30, "--batch_size", 6, cwd=tiny)
+    assert process.returncode == 0, err
+    np.testing.assert_allclose(numbers("two"), numbers("one"), rtol=1e-5)
+    assert len(numbers("one")) == 30
+
+
+@WITH_GLOO
+def test_ranks_hold_the_same_parameters_and_their_own_moments(tiny):
+    Path("ranks.py").write_text(f"""
+import hashlib, sys, types
+sys.path.insert(0, {str(HERE)!r})
+import train_gpt2 as gpt2, numpy as np
+ranks, config = gpt2.Ranks(), gpt2.GPTConfig(100, 16, 16, 2, 2)
+model = gpt2.GPT2(config, stretch=ranks.own(gpt2.size(gpt2.parameter_table(config))))
+args = types.SimpleNamespace(grad_accum=2, batch_size=2, seq_len=8, beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1)
+tokens, rng = gpt2.Tokens("train.bin", 100), np.random.default_rng(0)
+for step in range(5):
+    gpt2.train_step(model, tokens, rng, 1e-2, args, ranks)
+    with open(f"rank{{ranks.rank}}", "a") as file:
+        print(hashlib.sha256(model.flat_params.tobytes()).hexdigest(), model.flat_m.size, file=file)
+""", encoding="utf-8")
+    process, out, err = torchrun("ranks.py", cwd=tiny)
+    assert process.returncode == 0, err
+    first, second = ([line.split() for line in Path(f"rank{i}").read_text().splitlines()] for i in (0, 1))
+    assert [h for h, _ in first] == [h for h, _ in second] and len({h for h, _ in first}) == 5
+    n = gpt2.size(gpt2.parameter_table(gpt2.GPTConfig(100, 16, 16, 2, 2)))
+    assert int(first[0][1]) + int(second[0][1]) == n and abs(int(first[0][1]) - n / 2) < 1
+
+
+@WITH_GLOO
+def test_a_rank_that_dies_ends_the_run_and_leaves_a_whole_checkpoint(tiny):
+    process = torchrun(HERE / "train_gpt2.py", *TINY, "--steps", 100000, "--save_every", 5, "--eval_every", 10**6,
+                       "--sample_every", 10**6, cwd=tiny, wait=False)
+    seen = ""
+    while "step     20/" not in seen:
+        seen += process.stdout.readline()
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    pids = [int(line.split()[0]) for line in children.splitlines() if "train_gpt2.py" in line]
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    prepro.read_trainer(prepro.checkpoints(tiny / "out")[-1], verify=True)
+
+
+def test_without_torchrun_torch_is_not_imported(tiny):
+    result = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import train_gpt2 as g; "
+                             "g.main(); print('torch' in sys.modules)", *TINY, "--steps", "1"], cwd=tiny,
+                            capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "False", result.stderr
 
 
 # ------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ Rules that hold everywhere:
   - All parameters lie in one flat array, in the order of one table of names and shapes; so do their
     gradients and AdamW's two moments. A parameter is a view into its place.
 """
+import atexit
 import codecs
 import itertools
 import math
@@ -810,6 +811,7 @@ class Ranks:
             from torch import distributed, from_numpy
             self.network, self.tensor = distributed, from_numpy
             self._call(self.network.init_process_group, "gloo")
+            atexit.register(self.network.destroy_process_group)
 
     def _call(self, function, *args):
         start = time.perf_counter()
