@@ -977,16 +977,18 @@ def main():
     parallel.threads = args.threads or files.usable_cpus()
     tokenizer = TOKENIZERS[args.tokenizer]()
     args.vocab_size = args.vocab_size or tokenizer.n_vocab
+    paths = args.only_sample or files.find_tokens(args.data, args.tokenizer, args.train_bin,
+                                                  args.val_bin)
+    if ranks.rank == 0:
+        ranks.add_up(np.zeros(1))
     if args.only_sample:
         model = GPT2.from_pretrained(args.folder)
         for number in range(args.num_samples or 1):
             print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, number]))
         return
-    paths = files.find_tokens(args.data, args.tokenizer, args.train_bin, args.val_bin)
     train, val = (Tokens(path, args.vocab_size) for path in paths)
-    if ranks.rank == 0:
-        ranks.add_up(np.zeros(1))
     model, state = begin(args, ranks, [len(train), len(val)])
+    ranks.add_up(np.zeros(1))  # all have read what rank 0 may now put aside
     describe(args, model, train, val, ranks)
     if ranks.rank == 0 and args.steps and not args.resume:
         files.put_aside(args.out)
