@@ -584,7 +584,7 @@ class GPT2:
             return
         self.shape, N, config = (B, T), B * T, self.config
         ratio = size(activation_table(config, B, T)) / self.flat_params.size
-        cut = split(B, min(8, N / 256, ratio / 3))
+        cut = split(B, min(8, N / 256, 1 + ratio / 4))
         table = {"logits": (N, config.vocab_size), "losses": (N,)}
         for i, part in enumerate(cut):
             part_table = activation_table(config, part.stop - part.start, T)
