@@ -61,7 +61,8 @@ def program(name, main):
     except Refused as error:
         refuse(name, error)
     except OSError as error:
-        refuse(name, f"{error.filename or 'files'}: {reason(error)}")
+        refuse(name, f"{error.filename or 'a file'}: {reason(error)}; check the path, its rights and "
+                     "the space left; what was saved before stands")
     except (MemoryError, OverflowError, ValueError) as error:
         if isinstance(error, ValueError) and "allowed dimension" not in str(error):
             raise
