@@ -61,12 +61,12 @@ def program(name, main):
     except Refused as error:
         refuse(name, error)
     except OSError as error:
-        refuse(name, f"{error.filename or 'a file'}: {reason(error)}; check the path, its rights and "
-                     "the space left; what was saved before stands")
+        refuse(name, f"{error.filename or 'a file'}: {reason(error)}; check the path, its rights "
+                     "and the space left; what was saved before stands")
     except (MemoryError, OverflowError, ValueError) as error:
         if isinstance(error, ValueError) and "allowed dimension" not in str(error):
             raise
-        refuse(name, f"not enough memory: {reason(error)}; lower the sizes of the model or the batch")
+        refuse(name, f"not enough memory: {reason(error)}; lower the model's or the batch's sizes")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
