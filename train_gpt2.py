@@ -1,464 +1,576 @@
-"""GPT-2 training in one file of NumPy: every layer forward and backward by hand, nothing hidden.
+"""Train GPT-2 in one file of NumPy: every forward and backward pass is written by hand.
 
-    python train_gpt2.py                          # a small GPT-2 learns Shakespeare, byte by byte
-    python train_gpt2.py --model gpt2 --steps 10  # the real 124M shape, on GPT-2's own tokens
+    python train_gpt2.py                          # train a small GPT-2 on Shakespeare, byte by byte
+    python train_gpt2.py --model gpt2 --steps 10  # train the 124M model on GPT-2's own tokens
     python train_gpt2.py --help
 
-There is no autograd here and no tensor library: a network is a few flat arrays of numbers and, for
-every layer, one function that goes forward and one that goes backward. It refuses to be general:
-one architecture, one optimizer, no plug-ins, so that it can be read from the top in a sitting. It
-goes the data's own way: the layers from the embedding to the loss, each with its way back; the
-block, the network and the model they make; AdamW's step; the sample; many machines; training.
-Impatient readers begin at block_forward, block_backward and the network below them. Files and the
-command line are the business of prepro_tinyshakespeare.py; test_gpt2.py has the same network in
-PyTorch, and holds every function of this file against it.
+There is no autograd and no framework here: a network is a few flat arrays of numbers and, for every
+layer, one function that goes forward and one that goes backward.
 
-Letters, the same everywhere:
-    B  sequences in a batch        C  channels, the width of the stream (n_embd)
+The task. A language model predicts the next token. A token is a byte of text, or a longer piece of
+a word; the program works with its number, the id. The network reads T tokens and gives, at every
+position, one score to each of the V tokens that may come next. These scores are called logits; the
+softmax function turns them into probabilities. The loss at a position is -log(probability of the
+token that did come next): how surprised the model is, in nats, the unit of the natural logarithm.
+So the targets are the ids moved by one:
+
+    text      R   O   M   E   O   :
+    ids      82  79  77  69  79
+    targets  79  77  69  79  58
+
+Training computes the gradient of the mean loss, which says for every parameter how the loss changes
+when that parameter changes, and moves all parameters a small step downhill; thousands of times,
+with other tokens each time.
+
+The network, with the shapes of what it computes:
+
+    ids (B,T)
+        | embedding: one vector for the token plus one for its position
+    x (N,C), the residual stream: every branch reads it and adds its result to it
+        |---- layernorm, linear, attention, linear ---+
+        + <-------------------------------------------+   these two branches are a block;
+        |---- layernorm, linear, GELU, linear --------+   there are L blocks
+        + <-------------------------------------------+
+        | layernorm, linear
+    logits (N,V)
+        | cross-entropy with the targets
+    losses (N,)
+
+    B  sequences in a batch        C  channels, the width of the residual stream
     T  tokens in a sequence        H  attention heads, each of D = C/H channels
-    N  = B*T token positions       L  blocks, one above the other (n_layer)
+    N  = B*T positions             L  blocks
     V  tokens in the vocabulary    K  outputs of a linear layer
+    S  positions that attention may look at: T in training, more when sampling
 
-Rules that hold everywhere:
-  - dx is dLoss/dx, the gradient of the loss with respect to x, and has the shape of x.
-  - A function writes into arrays it is given: outputs first, then inputs, then weights. So nothing
-    is allocated twice, and the same code runs in float32 and in float64 (the arrays decide).
-  - Gradients of activations are written; gradients of parameters are added to, because a parameter
-    that is used in several places (a repeated token, the tied head, the micro-batches of one step)
-    gets the sum of what each use asks of it.
-  - All parameters lie in one flat array, in the order of one table of names and shapes; so do their
-    gradients and AdamW's two moments. A parameter is a view into its place.
+The rules:
+  - The chain rule. If a layer computes y from x, a change of x_j changes the loss through every y_i
+    that depends on x_j. So the gradients of the loss with respect to x and y are related by
+        dx_j = sum_i dy_i ∂y_i/∂x_j.
+    A backward function computes dx from dy in this way. dx always is the gradient of the loss, an
+    array of the shape of x; ∂y_i/∂x_j is the partial derivative of one number by another.
+  - Functions write into arrays that they are given: outputs first, then inputs, then weights. So
+    memory is allocated once, and the same code runs in float32 and float64, as the arrays decide.
+  - Gradients of activations are written. Gradients of parameters are added to what is there: a
+    parameter that is used more than once (in several positions, layers or batches) gets the sum of
+    the gradients of all uses, again by the chain rule.
+  - All parameters lie in one flat array, so do all gradients and the optimizer's two moments. One
+    table has the names and shapes; a parameter is a view of its part of the array.
+
+Functions appear in the order in which data flows through them: layers, block and network, model,
+optimizer, sampling, tokens, training, checkpoints. Data parallel training, threads and the command
+line come last; the rest can be read without them. test_gpt2.py has the same network in PyTorch and
+compares every function of this file with it.
 """
+import argparse
 import atexit
 import codecs
-import itertools
+import datetime
+import functools
+import glob
+import inspect
+import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-for _blas in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):  # see "Threads" for why;
-    os.environ.setdefault(f"{_blas}_THREADS", "1")                       # heeded at NumPy's import
+# NumPy's BLAS must use one thread, as this file has threads of its own (see Threads). BLAS reads
+# these variables when it is loaded; afterwards they are removed, so other libraries keep theirs.
+_names = "OPENBLAS_NUM_THREADS MKL_NUM_THREADS BLIS_NUM_THREADS VECLIB_MAXIMUM_THREADS".split()
+_added = {name: "1" for name in _names if name not in os.environ}
+if "numpy" in sys.modules and not os.environ.keys() & {*_names, "OMP_NUM_THREADS"}:
+    print("train_gpt2: numpy was imported first, so the threads of its BLAS compete with ours and "
+          "steps take longer; import train_gpt2 before numpy", file=sys.stderr)
+os.environ.update(_added)
+import numpy as np  # noqa: E402
 
-import numpy as np
+if int(np.__version__.split(".")[0]) < 2:
+    _message = f"train_gpt2 needs NumPy 2, this is {np.__version__}; pip install 'numpy>=2'"
+    if __name__ != "__main__":
+        raise ImportError(_message)
+    print(_message, file=sys.stderr)
+    sys.exit(2)
+np.ones((8, 8)) @ np.ones((8, 8))  # some BLAS libraries are loaded by the first product
+for _name in _added:
+    del os.environ[_name]
 
-import prepro_tinyshakespeare as files
-from prepro_tinyshakespeare import TOKENIZERS, Refused, Tokens
+
+class UserError(ValueError):
+    """A mistake that the user can correct: the message names the thing, its value, the way out."""
+
+
+def require(condition, message):
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def by_rows(names, sums="", heads=False):
+    """Decorate a layer that treats all rows of its arrays alike, so that threads share the rows.
+
+    Read a decorated function as if it got whole arrays: the result is the same. `names` lists the
+    arguments that are cut into blocks of rows (with heads=True, of sequences and heads); `sums`
+    lists arrays that the function adds to, such as dweight. All others are passed whole.
+    """
+    def decorate(function):
+        order = list(inspect.signature(function).parameters)
+        cut, summed = ([order.index(name) for name in x.split()] for x in (names, sums))
+
+        @functools.wraps(function)
+        def on_whole_arrays(*args):
+            run_in_blocks(function, args, cut, summed, heads)
+        return on_whole_arrays
+    return decorate
+
 
 # ------------------------------------------------------------------------------------------------
-# Threads. NumPy uses one core, but lets go of Python's lock while it computes. So a layer is
-# written as a function of a piece of its output (a block of rows, a group of heads), and a few
-# threads work through the pieces, with BLAS told to stay on one thread (above). A piece fits into a
-# core's cache, where a formula in plain NumPy costs little more than one pass over memory. How work
-# is cut depends on the shapes alone and never on the number of threads; therefore the results do
-# not either, to the bit.
-
-PIECE = 1 << 16  # elements of a block, at least, for elementwise work: smaller fight over the lock
-
-class Pool:
-    """`pool(work, pieces)` calls work(*piece) for every piece, on `threads` threads.
-
-    A call from within a piece is no further cause for threads: it does its pieces one by one.
-    """
-
-    def __init__(self, threads):
-        self.threads, self.at_work, self.helpers = threads, False, ThreadPoolExecutor(256)
-        # glibc gives large arrays fresh pages and takes them back, at a page fault per 4 KB, unless
-        # it has seen one as large be freed. After this one, temporaries are recycled.
-        np.empty(31 << 20, np.uint8)
-
-    def __call__(self, work, pieces):
-        pieces = list(pieces)
-        if self.at_work or len(pieces) < 2:
-            for piece in pieces:
-                work(*piece)
-            return
-        next_number = itertools.count().__next__  # deals each piece out once
-
-        def work_on():
-            while (number := next_number()) < len(pieces):
-                work(*pieces[number])
-        self.at_work = True
-        helpers = min(self.threads, len(pieces)) - 1
-        helpers = [self.helpers.submit(work_on) for _ in range(helpers)]
-        try:
-            work_on()
-        finally:
-            wait(helpers)
-            self.at_work = False
-        for helper in helpers:
-            helper.result()  # raises what went wrong there
-
-parallel = Pool(files.usable_cpus())
-
-def split(n, pieces):
-    """range(n) in at most so many slices: a power of two, so 2, 4 or 8 threads end together."""
-    pieces = 1 << int(math.log2(max(1, min(n, pieces))))
-    return [slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
-
-def row_blocks(rows, width=1):
-    """The rows of an array in blocks of PIECE elements or more, as arguments for `parallel`."""
-    return [(block,) for block in split(rows, rows * width / PIECE)]
-
-def matmul(out, a, b, bias=None, add=False):
-    """out = a @ b (+ bias), or out += a @ b; a (M,J), b (J,K), bias (K,) -> out (M,K).
-
-    Wide products are cut by columns, tall ones by rows, as each piece reads the uncut operand
-    whole: it is the smaller one. Large pieces run faster, so their size grows with the product too;
-    when all threads are at work anyway, there is just one.
-    """
-    if out.strides[0] < out.strides[1]:  # a transposed view; (a b)^T = b^T a^T lies as memory does
-        out, a, b = out.T, b.T, a.T
-    (M, J), K = a.shape, b.shape[1]
-    pieces, whole = min(16, max(M, K) / 64, math.sqrt(M * J * K / 2**22)), slice(None)
-    pieces = 1 if parallel.at_work else pieces
-
-    def piece(rows, cols):
-        if add:
-            out[rows, cols] += a[rows] @ b[:, cols]
-        else:
-            np.matmul(a[rows], b[:, cols], out=out[rows, cols])
-        if bias is not None:
-            out[rows, cols] += bias[cols]
-    parallel(piece, [(whole, cols) for cols in split(K, pieces)] if K >= M else
-             [(rows, whole) for rows in split(M, pieces)])
-
-# ------------------------------------------------------------------------------------------------
-# Layers, each forward directly above its backward.
+# Layers, each forward function directly above its backward function.
 
 def embedding_forward(out, ids, wte, wpe):
-    """What the token is plus where it stands: out_bt = wte[ids_bt] + wpe[t].
+    """The vector of each token plus the vector of its position: out_bt = wte[ids_bt] + wpe_t.
 
     ids (B,T), wte (V,C), wpe (T or more,C) -> out (N,C). Radford et al. 2018, equation 2.
     """
-    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # GPT2.forward has checked the ids
-    by_sequence = out.reshape(*ids.shape, -1)
-    by_sequence += wpe[:ids.shape[1]]
+    B, T = ids.shape
+    # out = wte[ids] + wpe[:T]
+    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # the default mode would copy `out`
+    by_sequence = out.reshape(B, T, -1)
+    by_sequence += wpe[:T]
 
-# A row of wte is used wherever its token stands, so it gets the gradients of all those places:
-#     dwte[i] = sum of dout_bt over all (b,t) with ids_bt = i
-# (as a matrix: out = onehot @ wte, so dwte = onehot^T @ dout). The tempting dwte[ids] += dout keeps
-# only one of several equal ids. Instead: sort the places by id, sum each run, add each sum once.
+
+# Row i of wte is added to out_bt wherever ids_bt = i, and row t of wpe in every sequence b. Hence
+#
+#     dwte_i = sum of dout_bt over all (b,t) with ids_bt = i,    dwpe_t = sum_b dout_bt
+#
+# `dwte[ids.ravel()] += dout` would be wrong without any error: when an id occurs twice, NumPy adds
+# only one of its gradients. Instead we sort the positions by id, sum each run of equal ids, and add
+# every sum to its row once.
 
 def embedding_backward(dwte, dwpe, dout, ids):
-    """Adds to dwte (V,C) and dwpe (T or more,C). dout (N,C), ids (B,T)."""
-    dwpe[:ids.shape[1]] += dout.reshape(*ids.shape, -1).sum(axis=0)
-    order = np.argsort(ids, axis=None, kind="stable")
-    in_order = ids.ravel()[order]
-    starts = np.flatnonzero(np.diff(in_order, prepend=-1))
-    dwte[in_order[starts]] += np.add.reduceat(dout[order], starts, axis=0)
+    """Add to dwte (V,C) and dwpe (T or more,C), from dout (N,C) and ids (B,T).
 
-def layernorm_forward(out, mean, rstd, inp, weight, bias, eps=1e-5):
-    """Each row brought to mean 0 and variance 1: out = (inp - mean) * rstd * weight + bias.
+    Sorting the ids 5 7 5 takes positions 0 2 1; in 5 5 7, runs start at 0 and at 2. Row 5 gets two
+    gradients:
 
-    inp (N,C), weight (C,), bias (C,) -> out (N,C), mean (N,1), rstd = 1/sqrt(var + eps) (N,1). Kept
-    for backward are mean and rstd, two numbers a row; xhat = (inp - mean) * rstd would be C.
-    Ba et al. 2016, equation 4.
+    >>> dwte, dwpe = np.zeros((8, 1)), np.zeros((3, 1))
+    >>> embedding_backward(dwte, dwpe, np.array([[1.], [10.], [100.]]), np.array([[5, 7, 5]]))
+    >>> dwte.ravel(), dwpe.ravel()
+    (array([  0.,   0.,   0.,   0.,   0., 101.,   0.,  10.]), array([  1.,  10., 100.]))
     """
-    def piece(rows):
-        x, y = inp[rows], out[rows]
-        mean[rows] = x.mean(axis=1, keepdims=True)
-        np.subtract(x, mean[rows], out=y)
-        var = np.vecdot(y, y)[:, None] / x.shape[1]
-        rstd[rows] = 1 / np.sqrt(var + eps)
-        y *= rstd[rows]
-        y *= weight
-        y += bias
-    parallel(piece, row_blocks(*inp.shape))
+    B, T = ids.shape
+    dwpe[:T] += dout.reshape(B, T, -1).sum(axis=0)
+    order = np.argsort(ids, axis=None, kind="stable")
+    sorted_ids = ids.ravel()[order]
+    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
+    dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)
 
-# In one row, xhat_i = (x_i - mean) rstd and out_i = xhat_i weight_i + bias_i, so
-#     dweight_i = dout_i xhat_i,   dbias_i = dout_i,   dxhat_i = dout_i weight_i.
-# x_j acts on xhat_i in three ways: directly (if i = j), through the mean, with dmean/dx_j = 1/C,
-# and through rstd = (var + eps)^(-1/2), where var = sum_i (x_i - mean)^2 / C:
-#     dvar/dx_j  = 2/C sum_i (x_i - mean) ([i = j] - 1/C) = 2/C (x_j - mean),
-#                  as sum_i (x_i - mean) = 0
-#     drstd/dx_j = -1/2 rstd^3 dvar/dx_j = -1/C rstd^2 xhat_j
-#     dxhat_i/dx_j = ([i = j] - 1/C) rstd + (x_i - mean) drstd/dx_j
-#                  = rstd ([i = j] - 1/C - xhat_i xhat_j / C)
-#     dx_j = sum_i dxhat_i dxhat_i/dx_j
-#          = rstd (dxhat_j - mean_i(dxhat_i) - xhat_j mean_i(dxhat_i xhat_i))
-# Three terms: dxhat, less its mean, less its part along xhat. Neither shifting nor stretching a row
-# changes xhat, so no gradient goes that way.
 
+@by_rows("out mean rstd inp")
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Layer normalization: shift each row to mean 0, scale it to variance 1, apply weight and bias.
+
+        out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + 1e-5)
+
+    inp (N,C), weight (C,), bias (C,) -> out (N,C), mean (N,1), rstd (N,1). Ba et al. 2016, eq. 4.
+
+    >>> out, mean, rstd = np.empty((1, 3)), np.empty((1, 1)), np.empty((1, 1))
+    >>> layernorm_forward(out, mean, rstd, np.array([[1., 2., 3.]]), np.ones(3), np.zeros(3))
+    >>> out.round(3), mean
+    (array([[-1.225,  0.   ,  1.225]]), array([[2.]]))
+    """
+    mean[...] = inp.mean(axis=1, keepdims=True)
+    np.subtract(inp, mean, out=out)
+    rstd[...] = 1 / np.sqrt(np.vecdot(out, out)[:, None] / inp.shape[1] + 1e-5)
+    # out = (inp - mean) * rstd * weight + bias
+    out *= rstd
+    out *= weight
+    out += bias
+
+
+# In one row of C numbers, xhat_i = (x_i - mean) rstd and out_i = xhat_i weight_i + bias_i. Hence
+#
+#     dweight_i = dout_i xhat_i,    dbias_i = dout_i,    dxhat_i = dout_i weight_i,
+#
+# where dweight and dbias are summed over the rows, which share them. x_j affects xhat_i in three
+# ways: directly if i = j, through mean, and through rstd. Write [i=j] for 1 if i = j, else 0, and
+# eps for 1e-5. As var = 1/C sum_i (x_i - mean)^2,
+#
+#     ∂mean/∂x_j   = 1/C
+#     ∂var/∂x_j    = 2/C sum_i (x_i - mean) ([i=j] - 1/C)
+#                  = 2/C (x_j - mean)                       since sum_i (x_i - mean) = 0
+#     ∂rstd/∂x_j   = -1/2 (var + eps)^(-3/2) ∂var/∂x_j = -1/2 rstd^3 ∂var/∂x_j = -1/C rstd^2 xhat_j
+#     ∂xhat_i/∂x_j = rstd ([i=j] - 1/C) + (x_i - mean) ∂rstd/∂x_j
+#                  = rstd ([i=j] - 1/C - xhat_i xhat_j / C)
+#
+# The chain rule sums over every xhat_i that x_j affects, dx_j = sum_i dxhat_i ∂xhat_i/∂x_j:
+#
+#     dx_j = rstd (dxhat_j - mean(dxhat) - xhat_j mean(dxhat xhat))
+#
+# One term for each way. Adding a number to the whole row does not change xhat, so the loss has no
+# slope in that direction: dx sums to 0, as the example shows.
+
+@by_rows("dinp dout inp mean rstd", sums="dweight dbias")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
-    """Writes dinp (N,C), which may be dout itself; adds to dweight (C,) and dbias (C,)."""
-    blocks = row_blocks(*inp.shape)
-    sums = np.empty((len(blocks), 2, inp.shape[1]), inp.dtype)  # each block's dweight and dbias
+    """Write dinp (N,C), which may be dout itself; add to dweight (C,) and dbias (C,).
 
-    def piece(i, rows):
-        dy, xhat = dout[rows], inp[rows] - mean[rows]
-        xhat *= rstd[rows]
-        sums[i] = (dy * xhat).sum(axis=0), dy.sum(axis=0)
-        dxhat = np.multiply(dy, weight, out=dinp[rows])
-        xhat *= np.vecdot(dxhat, xhat)[:, None] / xhat.shape[1]  # its part along xhat
-        dxhat -= dxhat.mean(axis=1, keepdims=True)
-        dxhat -= xhat
-        dxhat *= rstd[rows]
-    parallel(piece, [(i, rows) for i, (rows,) in enumerate(blocks)])
-    dweight += sums[:, 0].sum(axis=0)
-    dbias += sums[:, 1].sum(axis=0)
+    >>> x, dout, dx = np.array([[1., 2., 3.]]), np.array([[1., 0., 0.]]), np.empty((1, 3))
+    >>> mean, rstd = np.array([[2.]]), np.array([[1.5 ** 0.5]])
+    >>> layernorm_backward(dx, np.zeros(3), np.zeros(3), dout, x, mean, rstd, np.ones(3))
+    >>> dx.round(3)
+    array([[ 0.204, -0.408,  0.204]])
+    """
+    xhat = inp - mean
+    xhat *= rstd
+    dweight += (dout * xhat).sum(axis=0)
+    dbias += dout.sum(axis=0)
+    dxhat = np.multiply(dout, weight, out=dinp)
+    # dinp = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+    xhat *= np.vecdot(dxhat, xhat)[:, None] / inp.shape[1]
+    dxhat -= dxhat.mean(axis=1, keepdims=True)
+    dxhat -= xhat
+    dxhat *= rstd
+
 
 def linear_forward(out, inp, weight, bias=None):
-    """out = inp @ weight + bias. inp (N,C), weight (C,K), bias (K,) or none -> out (N,K)."""
-    matmul(out, inp, weight, bias)
+    """A linear layer: every output is a weighted sum of the inputs. out = inp @ weight + bias.
 
-# out_nk = sum_c inp_nc weight_ck + bias_k. The gradient of a factor is dout times the other factor,
-# summed over whichever index the factor does not have:
-#     dinp_nc = sum_k dout_nk weight_ck, dweight_ck = sum_n inp_nc dout_nk, dbias_k = sum_n dout_nk
-# In matrices: dinp = dout @ weight^T and dweight = inp^T @ dout (their shapes allow nothing else).
+    inp (N,C), weight (C,K), bias (K,) or None -> out (N,K).
+    """
+    matmul(out, inp, weight, bias)  # read it as out[...] = inp @ weight + bias
+
+
+# out_nk = sum_c inp_nc weight_ck + bias_k has the partial derivatives ∂out_nk/∂inp_nc = weight_ck,
+# ∂out_nk/∂weight_ck = inp_nc and ∂out_nk/∂bias_k = 1. The chain rule sums over affected outputs:
+#
+#     dinp_nc = sum_k dout_nk weight_ck           as a matrix product, dinp = dout @ weight^T
+#     dweight_ck = sum_n inp_nc dout_nk           dweight = inp^T @ dout
+#     dbias_k = sum_n dout_nk
 
 def linear_backward(dinp, dweight, dbias, dout, inp, weight):
-    """Writes dinp (N,C); adds to dweight (C,K) and dbias (K,), unless that is None."""
+    """Write dinp (N,C); add to dweight (C,K) and to dbias (K,), if that is not None.
+
+    >>> inp, weight = np.array([[1., 2.]]), np.array([[3., 4.], [5., 6.]])
+    >>> (out, dinp), dweight, dbias = np.empty((2, 1, 2)), np.zeros((2, 2)), np.zeros(2)
+    >>> linear_forward(out, inp, weight)
+    >>> linear_backward(dinp, dweight, dbias, np.array([[1., 10.]]), inp, weight)
+    >>> out, dinp, dweight.tolist(), dbias
+    (array([[13., 16.]]), array([[43., 65.]]), [[1.0, 10.0], [2.0, 20.0]], array([ 1., 10.]))
+    """
     matmul(dinp, dout, weight.T)
-    matmul(dweight, inp.T, dout, add=True)
+    matmul(dweight, inp.T, dout, add=True)  # dweight += inp.T @ dout
+    if dbias is not None:  # dbias += dout.sum(axis=0), as a product with a row of ones
+        matmul(dbias.reshape(1, -1), np.ones((1, len(dout)), dout.dtype), dout, add=True)
 
-    def piece(cols):
-        dbias[cols] += dout[:, cols].sum(axis=0)
-    if dbias is not None:
-        parallel(piece, row_blocks(*dout.T.shape))
 
-# Causal self-attention is the only layer in which positions see each other. Position t has a query
-# q_t; every position s has a key k_s and a value v_s. What t gets is a mean of the values up to its
-# own, each weighted by how well its key answers t's query:
-#     1. score_ts = q_t . k_s / sqrt(D), or minus infinity if s > t: no looking ahead
-#     2. att_ts = exp(score_ts) / sum_s exp(score_ts)
-#     3. out_t = sum_s att_ts v_s
-# This happens in H heads side by side, each on its own D of the C channels.
+# Causal self-attention is the only layer in which positions exchange information. Three linear maps
+# of the residual stream, computed as one product, give every position t a query q_t, a key k_t and
+# a value v_t, each of D numbers. The query says what position t looks for, the key what a position
+# offers, the value what it passes on. Position t gets a weighted mean of values:
+#
+#     1. score_ts = q_t · k_s / sqrt(D)                      how well the key s matches the query t
+#     2. att_ts   = exp(score_ts) / sum_r exp(score_tr)      softmax: positive weights of sum 1
+#     3. out_t    = sum_s att_ts v_s
+#
+# The causal mask sets score_ts to minus infinity for s > t, so att_ts = 0 there: no position sees
+# what comes after it, and all T predictions can be trained at once. All this happens in H heads
+# side by side, each with D of the C channels: a position can look for H things at once.
 
-QUERIES = 64  # positions t computed together; they need keys only up to the last of them
-AHEAD = np.triu(np.full((QUERIES, QUERIES), -np.inf, np.float32), 1)  # hides what comes later
+@functools.cache
+def causal_mask(t):
+    """A matrix (t,t): minus infinity above the diagonal, 0 elsewhere."""
+    return np.triu(np.full((t, t), -np.inf, np.float32), 1)
 
-def attention_cut(q, k):
-    """Pieces (batch, heads) for `parallel`, and the blocks of queries (and their keys) in each."""
-    (B, H, T, _), S = q.shape, k.shape[2]
-    pieces = B * H * min(T, QUERIES) * S / PIECE
-    return ([(batch, heads) for batch in split(B, pieces) for heads in split(H, pieces / B)],
-            [(slice(t, min(t + QUERIES, T)), slice(0, S - T + min(t + QUERIES, T)))
-             for t in range(0, T, QUERIES)])
 
-def by_head(B, H, *arrays):
-    """(B*T, C) or (B,T,C) arrays as (B,H,T,D) views."""
-    return [x.reshape(B, -1, H, x.shape[-1] // H).swapaxes(1, 2) for x in arrays]
+def score_blocks(q, k):
+    """Step 1 in blocks of queries: yields (slice of queries, slice of keys, scores (B,H,t,s)).
 
-def attention_scores(q, k):
-    """Step 1: q (..,t,D), k (..,s,D) -> (..,t,s). The last t keys stand where the queries do."""
-    t, scale = q.shape[-2], 1 / math.sqrt(q.shape[-1])
-    scores = (q * scale) @ k.swapaxes(-1, -2)
-    scores[..., -t:] += AHEAD[:t, :t]
-    return scores
+    A block needs only the keys up to its last query. More blocks need fewer keys; larger ones are
+    computed faster.
+    """
+    T, S, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[3])
+    size = max(64, T // 8)
+    for start in range(0, T, size):
+        t = min(size, T - start)
+        queries, keys = slice(start, start + t), slice(0, S - T + start + t)
+        scores = (q[:, :, queries] * scale) @ k[:, :, keys].swapaxes(2, 3)
+        scores[..., -t:] += causal_mask(t)
+        yield queries, keys, scores
 
+
+@by_rows("out lse q k v", heads=True)
 def attention_forward(out, lse, q, k, v):
-    """Causal attention in H heads: out_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s over s <= t.
+    """Causal attention: out_t = sum_s softmax_s(q_t · k_s / sqrt(D)) v_s over the s up to t.
 
-    q (B*T,C), k and v (B*S,C) -> out (B*T,C), lse (B,H,T,1); the T queries stand at the last of the
-    S positions. Kept for backward is lse = log sum_s exp(score_ts), from which any att_ts =
-    exp(score_ts - lse_t) can be had again: T numbers per head instead of T*S. Vaswani et al. 2017,
+    q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). The queries are the last T of S
+    positions: S = T in training, S > T with a KV cache (see Sampling). The backward pass needs
+    lse_t = log(sum_s exp(score_ts)), called log-sum-exp: with it, att_ts = exp(score_ts - lse_t)
+    can be recomputed. So every head keeps T numbers instead of a (T,S) matrix. Vaswani et al. 2017,
     equation 1 and section 3.2.2; Dao et al. 2022 (FlashAttention), section 3.1.
     """
-    q, k, v, out = by_head(*lse.shape[:2], q, k, v, out)
-    pieces, blocks = attention_cut(q, k)
+    for queries, keys, att in score_blocks(q, k):
+        # att = softmax(scores);  lse = log(sum(exp(scores)));  out = att @ v
+        row_max = att.max(axis=-1, keepdims=True)
+        att -= row_max  # the largest exponential is exp(0), so none overflows
+        np.exp(att, out=att)
+        row_sum = att.sum(axis=-1, keepdims=True)
+        lse[:, :, queries] = row_max + np.log(row_sum)
+        out[:, :, queries] = att @ v[:, :, keys] / row_sum
 
-    def piece(*group):
-        for rows, keys in blocks:
-            att = attention_scores(q[group][..., rows, :], k[group][..., keys, :])
-            top = att.max(axis=-1, keepdims=True)
-            att -= top  # the largest exponential is 1: none overflows
-            np.exp(att, out=att)
-            total = att.sum(axis=-1, keepdims=True)
-            lse[group][..., rows, :] = top + np.log(total)
-            out[group][..., rows, :] = att @ v[group][..., keys, :] / total
-    parallel(piece, pieces)
 
-# The three steps backwards:
-#     3. out_td = sum_s att_ts v_sd is a product of matrices, so
-#            datt_ts = sum_d dout_td v_sd,   dv_sd = sum_t att_ts dout_td
-#     2. in one row, datt_s/dscore_r = att_s ([s = r] - att_r), so
-#            dscore_r = sum_s datt_s datt_s/dscore_r = att_r (datt_r - sum_s datt_s att_s)
-#        where sum_s datt_s att_s = sum_d dout_d sum_s att_s v_sd = sum_d dout_d out_d
-#     1. score_ts = sum_d q_td k_sd / sqrt(D) is a product again:
-#            dq_td = sum_s dscore_ts k_sd / sqrt(D),   dk_sd = sum_t dscore_ts q_td / sqrt(D)
-# The mask needs no line: where it hid a score, att = 0, and so dscore = 0.
+# The three steps backward, in one head:
+#
+#     3. out_td = sum_s att_ts v_sd is a matrix product, as in the linear layer:
+#            datt_ts = sum_d dout_td v_sd,    dv_sd = sum_t att_ts dout_td
+#     2. In row t, let e_s = exp(score_s) and Z = sum_r e_r, so att_s = e_s / Z. Since
+#        ∂e_s/∂score_r = [s=r] e_s and ∂Z/∂score_r = e_r, the quotient rule gives
+#            ∂att_s/∂score_r = ([s=r] e_s Z - e_s e_r) / Z^2 = att_s ([s=r] - att_r)
+#            dscore_r = sum_s datt_s ∂att_s/∂score_r = att_r (datt_r - sum_s datt_s att_s)
+#        The sum is the same for all r of a row; call it delta. It is cheaper to get from out:
+#            delta = sum_s datt_s att_s = sum_s sum_d dout_d v_sd att_s = sum_d dout_d out_d
+#     1. score_ts = sum_d q_td k_sd / sqrt(D) is a matrix product again:
+#            dq_td = sum_s dscore_ts k_sd / sqrt(D),    dk_sd = sum_t dscore_ts q_td / sqrt(D)
+#
+# The causal mask needs no line of its own: a masked score has att = 0, and so dscore = 0.
 
+@by_rows("dq dk dv dout out lse q k v", heads=True)
 def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
-    """Writes dq (B*T,C), dk and dv (B*S,C); dout (B*T,C), the rest as in attention_forward."""
-    q, k, v, out, dq, dk, dv, dout = by_head(*lse.shape[:2], q, k, v, out, dq, dk, dv, dout)
-    pieces, blocks = attention_cut(q, k)
-    scale = 1 / math.sqrt(q.shape[-1])
+    """Write dq (B,H,T,D), dk and dv (B,H,S,D); dout (B,H,T,D), the rest as in attention_forward.
 
-    def piece(*group):
-        dk[group] = dv[group] = 0
-        for rows, keys in blocks:
-            q_, dout_, out_, lse_ = (x[group][..., rows, :] for x in (q, dout, out, lse))
-            k_, v_, dk_, dv_ = (x[group][..., keys, :] for x in (k, v, dk, dv))
-            att = attention_scores(q_, k_)
-            att -= lse_
-            np.exp(att, out=att)
-            dv_ += att.swapaxes(-1, -2) @ dout_
-            dscore = dout_ @ v_.swapaxes(-1, -2)
-            dscore -= np.vecdot(dout_, out_)[..., None]
-            dscore *= att
-            dq[group][..., rows, :] = dscore @ k_ * scale
-            dk_ += dscore.swapaxes(-1, -2) @ (q_ * scale)
-    parallel(piece, pieces)
+    One head with D = 1. The first query sees one key. The second has scores 0 and log 2, so att is
+    (1/3, 2/3), and out = 1/3 * 3 + 2/3 * 6 = 5. With dout = 1, datt = v = (3, 6); minus delta = 5
+    that is (-2, 1), times att it is dscore = (-2/3, 2/3). As q = 1, so is dk:
 
-# GELU is x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since (1 + tanh(u))/2 =
-# sigmoid(2u) exactly, it is x / (1 + exp(-z)) with z = 2u = x (GELU_1 + GELU_3 x^2): one
-# exponential. An expression would take a new array for each of its steps; here one takes all.
+    >>> q, k, v = np.reshape([9, 1, 0, np.log(2), 3, 6], (3, 1, 1, 2, 1))
+    >>> out, lse, dq, dk, dv = np.empty((5, 1, 1, 2, 1))
+    >>> attention_forward(out, lse, q, k, v)
+    >>> attention_backward(dq, dk, dv, np.reshape([0., 1.], (1, 1, 2, 1)), out, lse, q, k, v)
+    >>> out.ravel().round(3), dk.ravel().round(3), dv.ravel().round(3)
+    (array([3., 5.]), array([-0.667,  0.667]), array([0.333, 0.667]))
+    """
+    scale = 1 / math.sqrt(q.shape[3])
+    dk[...] = 0
+    dv[...] = 0
+    for queries, keys, att in score_blocks(q, k):
+        q_, dout_, out_, lse_ = (x[:, :, queries] for x in (q, dout, out, lse))
+        att -= lse_
+        np.exp(att, out=att)
+        dv[:, :, keys] += att.swapaxes(2, 3) @ dout_
+        # dscore = att * (dout @ v.T - delta)
+        dscore = dout_ @ v[:, :, keys].swapaxes(2, 3)
+        dscore -= np.vecdot(dout_, out_)[..., None]
+        dscore *= att
+        dq[:, :, queries] = dscore @ k[:, :, keys] * scale
+        dk[:, :, keys] += dscore.swapaxes(2, 3) @ (q_ * scale)
+
+
+# GELU is the nonlinear function between the two linear layers of a block; without it they would be
+# no more than one. In GPT-2 it is x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). The
+# sigmoid function s(z) = 1 / (1 + exp(-z)) equals (1 + tanh(z/2)) / 2, so GELU is x s(z) with
+# z = 2u = x (GELU_1 + GELU_3 x^2). This needs one exponential and is exact too.
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
 
+
 def one_plus_exp(out, x):
-    """out = 1 + exp(-z(x)). Where exp overflows to infinity, the 0 that results is right."""
+    """out = 1 + exp(-z), computed in place: one array instead of one per operation."""
+    # out = 1 + exp(-x * (GELU_1 + GELU_3 * x**2))
     np.multiply(x, x, out=out)
     out *= -GELU_3
     out -= GELU_1
-    out *= x  # -z
-    with np.errstate(over="ignore"):
+    out *= x
+    with np.errstate(over="ignore"):  # if exp overflows, x / inf = 0 is the correct limit
         np.exp(out, out=out)
     out += 1
 
+
+@by_rows("out inp")
 def gelu_forward(out, inp):
-    """A gate that lets large x through and holds negative ones back: out = x sigmoid(z(x)).
+    """GELU: positive x pass, negative x are held back. out = x s(z) = x / (1 + exp(-z)).
 
-    inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form that GPT-2 has.
+    inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form.
     """
-    def piece(rows):
-        one_plus_exp(out[rows], inp[rows])
-        np.divide(inp[rows], out[rows], out=out[rows])
-    parallel(piece, row_blocks(*inp.shape))
+    one_plus_exp(out, inp)
+    np.divide(inp, out, out=out)
 
-# out = x s(z) with the sigmoid s = 1 / (1 + exp(-z)), whose own derivative is ds/dz = s (1 - s), so
-#     dout/dx = s + x s (1 - s) dz/dx = s (1 + (1 - s) x dz/dx),   dz/dx = GELU_1 + 3 GELU_3 x^2
 
+# The sigmoid has the derivative ∂s/∂z = exp(-z) / (1 + exp(-z))^2 = s (1 - s). By the product rule
+#
+#     ∂out/∂x = s + x s (1 - s) ∂z/∂x = s (1 + (1 - s) x ∂z/∂x),    ∂z/∂x = GELU_1 + 3 GELU_3 x^2
+
+@by_rows("dinp dout inp")
 def gelu_backward(dinp, dout, inp):
-    """Writes dinp (N,K), which may be dout itself. s is computed again rather than kept."""
-    def piece(rows):
-        x = inp[rows]
-        s, slope = np.empty_like(x), x * x
-        one_plus_exp(s, x)
-        np.divide(1, s, out=s)
-        slope *= 3 * GELU_3
-        slope += GELU_1
-        slope *= x  # x dz/dx
-        slope -= slope * s
-        slope += 1
-        slope *= s  # dout/dx
-        np.multiply(dout[rows], slope, out=dinp[rows])
-    parallel(piece, row_blocks(*inp.shape))
+    """Write dinp (N,K), which may be dout itself: dinp = dout * ∂out/∂x.
 
+    >>> out, dinp, inp = np.empty((1, 3)), np.empty((1, 3)), np.array([[-1., 0., 1.]])
+    >>> gelu_forward(out, inp)
+    >>> gelu_backward(dinp, np.ones((1, 3)), inp)
+    >>> out.round(3), dinp.round(3)  # at x = 0, ∂out/∂x = s = 1/2
+    (array([[-0.159,  0.   ,  0.841]]), array([[-0.083,  0.5  ,  1.083]]))
+    """
+    s, slope = np.empty_like(inp), inp * inp
+    one_plus_exp(s, inp)
+    np.divide(1, s, out=s)
+    # slope = s * (1 + (1 - s) * inp * (GELU_1 + 3 * GELU_3 * inp**2))
+    slope *= 3 * GELU_3
+    slope += GELU_1
+    slope *= inp
+    slope -= slope * s
+    slope += 1
+    slope *= s
+    np.multiply(dout, slope, out=dinp)
+
+
+@by_rows("losses lse logits targets")
 def crossentropy_forward(losses, lse, logits, targets):
-    """How surprised the network is by each target, in nats: -log softmax(logits)_target.
+    """Cross-entropy: the surprise -log(softmax(logits)_target) at every position, in nats.
 
-    logits (N,V), targets (N,) -> losses (N,), and for backward lse (N,1) = log sum_j exp(logits_j).
-    As log(exp(a)/exp(b)) = a - b, the loss is lse - logits_target; both are taken relative to the
-    largest logit, so nothing overflows and no logarithm sees 0. Bishop 2006, equation 4.108.
+    logits (N,V), targets (N,) -> losses (N,), and for the backward pass lse (N,1). With
+    lse = log(sum_j exp(logits_j)), softmax_j = exp(logits_j - lse), so the loss is
+    lse - logits_target. Bishop 2006, equation 4.108.
     """
-    def piece(rows):
-        x = logits[rows]
-        top = x.max(axis=1, keepdims=True)
-        x = x - top
-        target = x[np.arange(len(x)), targets[rows]]
-        log_total = np.log(np.exp(x, out=x).sum(axis=1, keepdims=True))
-        losses[rows] = log_total[:, 0] - target
-        lse[rows] = log_total + top
-    parallel(piece, row_blocks(*logits.shape))
+    row_max = logits.max(axis=1, keepdims=True)
+    shifted = logits - row_max  # the largest exponential is exp(0): none overflows
+    target = shifted[np.arange(len(targets)), targets]
+    log_sum = np.log(np.exp(shifted, out=shifted).sum(axis=1, keepdims=True))
+    losses[...] = log_sum[:, 0] - target
+    lse[...] = log_sum + row_max
 
-# loss = lse - logits_target, and dlse/dlogits_j = exp(logits_j) / sum_i exp(logits_i) = p_j, so
-#     dloss/dlogits_j = p_j - [j = target],   with p_j = exp(logits_j - lse):
-# what the network expected, less what came. Logarithm and softmax together leave just this.
 
+# ∂lse/∂logits_j = exp(logits_j) / sum_i exp(logits_i) = probs_j, and ∂logits_target/∂logits_j is 1
+# if j is the target, else 0. So softmax and logarithm together have a simple derivative, the
+# predicted probability minus 1 for the target: ∂loss/∂logits_j = probs_j - [j=target].
+
+@by_rows("dlogits lse logits targets")
 def crossentropy_backward(dlogits, dloss, lse, logits, targets):
-    """Writes dlogits (N,V), which may be logits itself; dloss is each loss's gradient, a number."""
-    def piece(rows):
-        p = np.subtract(logits[rows], lse[rows], out=dlogits[rows])
-        np.exp(p, out=p)
-        p[np.arange(len(p)), targets[rows]] -= 1
-        p *= dloss
-    parallel(piece, row_blocks(*logits.shape))
+    """Write dlogits (N,V), which may be logits itself. dloss is a number, the same for all losses.
 
-# ------------------------------------------------------------------------------------------------
-# The block. A stream x (N,C) runs up through the network. Every block reads it twice and adds what
-# it finds: first from other positions (attention), then from the position itself (the MLP, 4C wide
-# inside). p are the block's parameters and g their gradients, in pairs of weight and bias; a are
-# its activations. Backward needs nearly all of those again, 16C numbers a position and block. But
-# 6C of them, the outputs of the layernorms and of GELU, are quickly made again from the others. So
-# they are not kept: all blocks share one array for each.
+    Logits 0, log 2, 0 are probabilities 1/4, 1/2, 1/4. A target of probability 1/2 costs log 2:
 
-def block_forward(a, x, p):
-    """x (N,C) -> a["x"] (N,C). Radford et al. 2019, section 2.3: layernorms inside the branches."""
-    layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
-    linear_forward(a["qkv"], a["norm"], *p["attn.c_attn"])
-    attention_forward(a["attn"], a["attn.lse"], a["q"], a["k"], a["v"])
-    linear_forward(a["mid"], a["attn"], *p["attn.c_proj"])
-    a["mid"] += x
-    layernorm_forward(a["norm"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
-    linear_forward(a["fc"], a["norm"], *p["mlp.c_fc"])
-    gelu_forward(a["gelu"], a["fc"])
-    linear_forward(a["x"], a["gelu"], *p["mlp.c_proj"])
-    a["x"] += a["mid"]
-
-# The stream forks at every branch: x' = x + branch(x), so dx = dx' + (dx' taken back through
-# branch). The plain dx' is why deep networks learn at all: it reaches every block undiminished. In
-# the code dx is one array that runs back down the stream, and each branch adds its part to it.
-
-def block_backward(dx, g, a, x, p):
-    """Turns dx (N,C), the gradient of the block's output, into that of its input x (N,C)."""
-    dbranch, attn = a["d.branch"], (a["attn"], a["attn.lse"], a["q"], a["k"], a["v"])
-    gelu_forward(a["gelu"], a["fc"])
-    linear_backward(a["d.fc"], *g["mlp.c_proj"], dx, a["gelu"], p["mlp.c_proj"][0])
-    gelu_backward(a["d.fc"], a["d.fc"], a["fc"])
-    layernorm_forward(a["norm"], *a["ln_2.stats"], a["mid"], *p["ln_2"])
-    linear_backward(dbranch, *g["mlp.c_fc"], a["d.fc"], a["norm"], p["mlp.c_fc"][0])
-    layernorm_backward(dbranch, *g["ln_2"], dbranch, a["mid"], *a["ln_2.stats"], p["ln_2"][0])
-    dx += dbranch
-    linear_backward(dbranch, *g["attn.c_proj"], dx, a["attn"], p["attn.c_proj"][0])
-    attention_backward(a["d.q"], a["d.k"], a["d.v"], dbranch, *attn)
-    layernorm_forward(a["norm"], *a["ln_1.stats"], x, *p["ln_1"])
-    linear_backward(dbranch, *g["attn.c_attn"], a["d.qkv"], a["norm"], p["attn.c_attn"][0])
-    layernorm_backward(dbranch, *g["ln_1"], dbranch, x, *a["ln_1.stats"], p["ln_1"][0])
-    dx += dbranch
-
-# The network: the embedding, the blocks, a last layernorm, and the head, which scores every token
-# of the vocabulary: it is the embedding turned round. `blocks` has (g, a, x, p) for each.
-
-def network_forward(a, blocks, p, ids, targets=None, past=0):
-    """ids (B,T) -> a["logits"] (N,V), and with targets (N,) a["losses"] (N,).
-
-    The first of the ids stands at position `past`.
+    >>> logits, target = np.array([[0., np.log(2), 0.]]), np.array([1])
+    >>> losses, lse, dlogits = np.empty(1), np.empty((1, 1)), np.empty((1, 3))
+    >>> crossentropy_forward(losses, lse, logits, target)
+    >>> crossentropy_backward(dlogits, 1.0, lse, logits, target)
+    >>> losses.round(3), dlogits.round(3)
+    (array([0.693]), array([[ 0.25, -0.5 ,  0.25]]))
     """
-    embedding_forward(a["embedded"], ids, p["wte.weight"], p["wpe.weight"][past:])
-    for _, *block in blocks:
-        block_forward(*block)
-    layernorm_forward(a["ln_f"], *a["ln_f.stats"], a["x"], p["ln_f.weight"], p["ln_f.bias"])
-    linear_forward(a["logits"], a["ln_f"], p["wte.weight"].T)
-    if targets is not None:
-        crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], targets)
+    probs = np.subtract(logits, lse, out=dlogits)
+    np.exp(probs, out=probs)
+    probs[np.arange(len(targets)), targets] -= 1
+    probs *= dloss
 
-# wte is used twice, so it gets two gradients: from the head here at the start, and in the end from
-# the embedding. The logits turn into their own gradient in place, as the largest array there is.
-
-def network_backward(g, a, blocks, p, ids, targets, dloss):
-    """Adds to every gradient in g; dloss is each loss's own."""
-    dlogits, dx = a["logits"], a["dx"]
-    crossentropy_backward(dlogits, dloss, a["logits.lse"], a["logits"], targets)
-    linear_backward(dx, g["wte.weight"].T, None, dlogits, a["ln_f"], p["wte.weight"].T)
-    layernorm_backward(dx, g["ln_f.weight"], g["ln_f.bias"], dx, a["x"], *a["ln_f.stats"],
-                       p["ln_f.weight"])
-    for block in reversed(blocks):
-        block_backward(dx, *block)
-    embedding_backward(g["wte.weight"], g["wpe.weight"], dx, ids)
 
 # ------------------------------------------------------------------------------------------------
-# The model: two tables of names and shapes, and flat arrays carved by them.
+# The block and the network. The activations of a block are in a dict `a`:
+#
+#     x, out      (N,C)      the residual stream before and after the block
+#     x_mid       (N,C)      the residual stream between the two branches
+#     ln_1, ln_2  (N,C)      output of the first and second layernorm (*)
+#     ln_1.stats  (2,N,1)    mean and rstd of the first layernorm; ln_2.stats of the second (*)
+#     qkv         (N,3C)     queries, keys and values side by side; q, k, v (B,H,T,D) are its views
+#     lse         (B,H,T,1)  log-sum-exp of attention
+#     att         (N,C)      output of attention; heads (B,H,T,D) is a view of it
+#     hidden      (N,4C)     the MLP (multilayer perceptron) between its two linear layers
+#     gelu        (N,4C)     GELU of hidden (*)
+#
+# The arrays marked (*) are cheap to recompute from the others. So in large models all blocks share
+# one of each, and the backward pass recomputes them. p has the parameters of a block, a pair
+# (weight, bias) for each layer, and g has their gradients.
+
+def block_forward(a, p, cache=None):
+    """One block, x -> out, with a KV cache (2,B,H,S,D) if there is one (see Sampling).
+
+    Radford et al. 2019, section 2.3: the layernorms are inside the branches.
+    """
+    layernorm_forward(a["ln_1"], *a["ln_1.stats"], a["x"], *p["ln_1"])       # (N,C)
+    linear_forward(a["qkv"], a["ln_1"], *p["attn.c_attn"])                   # (N,3C)
+    k, v = a["k"], a["v"]                                                    # (B,H,T,D)
+    if cache is not None:
+        cache[..., -k.shape[2]:, :] = k, v
+        k, v = cache                                                         # (B,H,S,D)
+    attention_forward(a["heads"], a["lse"], a["q"], k, v)                    # (B,H,T,D)
+    linear_forward(a["x_mid"], a["att"], *p["attn.c_proj"])                  # (N,C)
+    a["x_mid"] += a["x"]
+    layernorm_forward(a["ln_2"], *a["ln_2.stats"], a["x_mid"], *p["ln_2"])   # (N,C)
+    linear_forward(a["hidden"], a["ln_2"], *p["mlp.c_fc"])                   # (N,4C)
+    gelu_forward(a["gelu"], a["hidden"])                                     # (N,4C)
+    linear_forward(a["out"], a["gelu"], *p["mlp.c_proj"])                    # (N,C)
+    a["out"] += a["x_mid"]
+
+
+# A branch computes out = x + f(x), so ∂out_i/∂x_j = [i=j] + ∂f_i/∂x_j, and the chain rule gives
+# dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of the output, plus the same gradient taken
+# backward through the branch. The first term reaches every block unchanged, which is why deep
+# networks can be trained. In the code, dx is one array for the whole residual stream, to which
+# each branch adds its part.
+
+def block_backward(dx, g, a, p):
+    """Turn dx (N,C), the gradient of out, into the gradient of x; add to the gradients g."""
+    dbranch, dhidden = a["dbranch"], a["dhidden"]
+    if a["recompute"]:
+        layernorm_forward(a["ln_1"], *a["ln_1.stats"], a["x"], *p["ln_1"])
+        layernorm_forward(a["ln_2"], *a["ln_2.stats"], a["x_mid"], *p["ln_2"])
+        gelu_forward(a["gelu"], a["hidden"])
+    linear_backward(dhidden, *g["mlp.c_proj"], dx, a["gelu"], p["mlp.c_proj"][0])        # (N,4C)
+    gelu_backward(dhidden, dhidden, a["hidden"])                                         # (N,4C)
+    linear_backward(dbranch, *g["mlp.c_fc"], dhidden, a["ln_2"], p["mlp.c_fc"][0])       # (N,C)
+    layernorm_backward(dbranch, *g["ln_2"], dbranch, a["x_mid"], *a["ln_2.stats"], p["ln_2"][0])
+    dx += dbranch                                                                        # (N,C)
+    linear_backward(dbranch, *g["attn.c_proj"], dx, a["att"], p["attn.c_proj"][0])       # (N,C)
+    attention_backward(a["dq"], a["dk"], a["dv"], a["dheads"],                       # (B,H,T,D)
+                       a["heads"], a["lse"], a["q"], a["k"], a["v"])
+    linear_backward(dbranch, *g["attn.c_attn"], a["dqkv"], a["ln_1"], p["attn.c_attn"][0])
+    layernorm_backward(dbranch, *g["ln_1"], dbranch, a["x"], *a["ln_1.stats"], p["ln_1"][0])
+    dx += dbranch                                                                        # (N,C)
+
+
+# The network: embedding, blocks, a last layernorm, and a linear layer that gives the logits. That
+# layer uses the embedding as its weights, logits = x @ wte.T (tied weights): a token gets a high
+# logit if x points in the direction of the token's own vector.
+
+def network_forward(a, p, ids, targets=None, past=0, cache=None):
+    """ids (B,T) -> a["logits"] (N,V), and with targets (B,T) also a["losses"] (N,).
+
+    With a KV cache (L,2,B,H,S,D), `past` of the S = past + T positions were computed before.
+    """
+    (wte,), (wpe,) = p["wte"], p["wpe"]
+    embedding_forward(a["x"], ids, wte, wpe[past:])                          # (N,C)
+    for i, (a_block, p_block) in enumerate(zip(a["blocks"], p["blocks"])):
+        block_forward(a_block, p_block, None if cache is None else cache[i])  # (N,C)
+    layernorm_forward(a["ln_f"], *a["ln_f.stats"], a["out"], *p["ln_f"])     # (N,C)
+    linear_forward(a["logits"], a["ln_f"], wte.T)                            # (N,V)
+    if targets is not None:
+        crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], targets.ravel())  # (N,)
+
+
+# wte is used twice, so it gets two gradients: from the logits at the beginning, from the embedding
+# at the end. The logits are the largest array; their gradient overwrites them.
+
+def network_backward(g, a, p, ids, targets, dloss):
+    """Add to the gradients g; dloss is the gradient of every single loss, a number."""
+    ((wte,), (dwte,), (dwpe,)), dx = (p["wte"], g["wte"], g["wpe"]), a["dx"]
+    crossentropy_backward(a["logits"], dloss, a["logits.lse"], a["logits"], targets.ravel())
+    linear_backward(dx, dwte.T, None, a["logits"], a["ln_f"], wte.T)         # (N,C)
+    layernorm_backward(dx, *g["ln_f"], dx, a["out"], *a["ln_f.stats"], p["ln_f"][0])
+    for g_block, a_block, p_block in reversed([*zip(g["blocks"], a["blocks"], p["blocks"])]):
+        block_backward(dx, g_block, a_block, p_block)                        # (N,C)
+    embedding_backward(dwte, dwpe, dx, ids)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model: a table of names and shapes, and flat arrays that hold all numbers.
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five numbers that make a GPT-2; the defaults are those of the 124M one."""
+    """The sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
@@ -466,343 +578,854 @@ class GPTConfig:
     n_head: int = 12
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value < 1:
-                raise Refused(f"{name} is {value}; it must be at least 1")
-        if self.n_embd % self.n_head:
-            raise Refused(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads; "
-                          "choose a multiple")
+        for name, value in asdict(self).items():
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} does not divide into n_head "
+                f"{self.n_head} heads; choose a multiple")
 
-def for_each_block(config, table):
-    """A block's table, once for every block: h.0.name, ..., h.1.name, ..."""
-    return {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in table.items()}
 
 def parameter_table(config):
-    """{name: shape} of all parameters, under GPT-2's own names; weights are (in, out)."""
+    """{name: shape} of all parameters, under GPT-2's own names; weights are (inputs, outputs).
+
+    Matrices come first: only they decay in AdamW, and so they are one slice of a flat array.
+    """
     C = config.n_embd
-    return {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_positions, C),
-            **for_each_block(config, {
-                "ln_1.weight": (C,), "ln_1.bias": (C,),
-                "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
-                "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
-                "ln_2.weight": (C,), "ln_2.bias": (C,),
-                "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
-                "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}),
-            "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    table = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_positions, C)}
+    for h in (f"h.{i}" for i in range(config.n_layer)):
+        table |= {f"{h}.ln_1.weight": (C,), f"{h}.ln_1.bias": (C,),
+                  f"{h}.attn.c_attn.weight": (C, 3 * C), f"{h}.attn.c_attn.bias": (3 * C,),
+                  f"{h}.attn.c_proj.weight": (C, C), f"{h}.attn.c_proj.bias": (C,),
+                  f"{h}.ln_2.weight": (C,), f"{h}.ln_2.bias": (C,),
+                  f"{h}.mlp.c_fc.weight": (C, 4 * C), f"{h}.mlp.c_fc.bias": (4 * C,),
+                  f"{h}.mlp.c_proj.weight": (4 * C, C), f"{h}.mlp.c_proj.bias": (C,)}
+    table |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return dict(sorted(table.items(), key=lambda item: -len(item[1])))
 
-def activation_table(config, B, T):
-    """{name: shape} of what forward leaves for backward, and what every block uses again."""
-    N, C, H = B * T, config.n_embd, config.n_head
-    return {"embedded": (N, C),
-            **for_each_block(config, {
-                "ln_1.stats": (2, N, 1), "qkv": (N, 3 * C), "attn": (N, C),
-                "attn.lse": (B, H, T, 1), "mid": (N, C), "ln_2.stats": (2, N, 1),
-                "fc": (N, 4 * C), "x": (N, C)}),
-            "ln_f": (N, C), "ln_f.stats": (2, N, 1), "logits.lse": (N, 1), "dx": (N, C),
-            "shared.norm": (N, C), "shared.d.branch": (N, C), "shared.gelu": (N, 4 * C),
-            "shared.d.fc": (N, 4 * C), "shared.d.qkv": (N, 3 * C)}
 
-def size(table):
+def activation_table(config, B, T, for_backward=True):
+    """{name: shape}. The first axis counts copies: one for each block, or one that all share.
+
+    Without a backward pass nothing is kept, and the blocks share all arrays. Small models keep what
+    others recompute, if that takes at most 2^26 elements.
+    """
+    N, C, H, L = B * T, config.n_embd, config.n_head, config.n_layer if for_backward else 1
+    small = max(count(parameter_table(config)), 6 * L * N * C) <= 2**26
+    kept = L if small else 1
+    table = {"x": (L + 1, N, C), "ln_1": (kept, N, C), "ln_1.stats": (kept, 2, N, 1),
+             "qkv": (L, N, 3 * C), "lse": (L, B, H, T, 1), "att": (L, N, C), "x_mid": (L, N, C),
+             "ln_2": (kept, N, C), "ln_2.stats": (kept, 2, N, 1), "hidden": (L, N, 4 * C),
+             "gelu": (kept, N, 4 * C), "ln_f": (1, N, C), "ln_f.stats": (1, 2, N, 1),
+             "logits": (1, N, config.vocab_size), "logits.lse": (1, N, 1), "losses": (1, N)}
+    if for_backward:
+        table |= {"dx": (1, N, C), "dbranch": (1, N, C), "dhidden": (1, N, 4 * C),
+                  "dqkv": (1, N, 3 * C)}
+    return table
+
+
+def count(table):
     """The number of elements in a table."""
-    return sum(map(math.prod, table.values()))
+    return sum(math.prod(shape) for shape in table.values())
 
-def spans(table):
-    """{name: slice}: where each entry of a table lies in its flat array."""
-    stops = itertools.accumulate(map(math.prod, table.values()))
-    return {name: slice(stop - math.prod(shape), stop)
-            for stop, (name, shape) in zip(stops, table.items())}
 
-def carve(flat, table):
-    """{name: view} of a flat array. Write d[name][...] = x, as d[name] = x loses the view."""
-    return {name: flat[span].reshape(table[name]) for name, span in spans(table).items()}
+def views(flat, table):
+    """{name: view} of a flat array. d[name][...] = x writes to a view; d[name] = x replaces it."""
+    parts = np.split(flat, np.cumsum([math.prod(shape) for shape in table.values()])[:-1])
+    return {name: part.reshape(table[name]) for name, part in zip(table, parts)}
 
-def under(prefix, views):
-    """The views whose names begin with prefix, under the rest of their names."""
-    return {name[len(prefix):]: view for name, view in views.items() if name.startswith(prefix)}
 
-def pairs(views):
-    """{"ln_1.weight": w, "ln_1.bias": b, ...} -> {"ln_1": (w, b), ...}."""
-    names = dict.fromkeys(name.rpartition(".")[0] for name in views)
-    return {name: (views[f"{name}.weight"], views[f"{name}.bias"]) for name in names}
+def by_layer(arrays, n_layer):
+    """{"ln_f.weight": w, "ln_f.bias": b, ...} -> {"ln_f": (w, b), ..., "blocks": [{...}, ...]}.
 
-def thirds(qkv, names="qkv"):
-    """Queries, keys and values as views of the array (..,3C) in which they lie side by side."""
-    return dict(zip(names, np.split(qkv, 3, axis=-1)))
+    blocks[i]["ln_1"] is the pair of h.i.ln_1; wte and wpe have no bias and become tuples of one.
+    """
+    layers = {}
+    for name, array in arrays.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = (*layers.get(layer, ()), array)
+    return layers | {"blocks": [{name.removeprefix(f"h.{i}."): pair for name, pair in layers.items()
+                                 if name.startswith(f"h.{i}.")} for i in range(n_layer)]}
 
-class GPT2:
-    """GPT-2 (Radford et al. 2019), its gradients, and the state of its optimizer.
 
-    params and grads are {name: view} into flat_params and flat_grads, laid out by parameter_table.
-    flat_m and flat_v are AdamW's moments, for the `stretch` (a slice) of the parameters that
-    update() is to update: all of them by default. seed None leaves the parameters to be filled.
+class Shard:
+    """Some sequences of a batch (a slice), with activations and gradients of their own.
+
+    Sequences interact only through the sum of their gradients. So for small models each thread
+    takes a slice of the batch through the whole network; large models have a single shard.
     """
 
-    def __init__(self, config, dtype=np.float32, seed=1337, stretch=slice(None)):
-        self.config, self.table, self.steps = config, parameter_table(config), 0
-        self.stretch = slice(*stretch.indices(size(self.table)))
-        self.flat_params = np.empty(size(self.table), dtype)
-        self.flat_grads = np.zeros(self.flat_params.size, dtype)  # takes no memory before its use
-        self.flat_m, self.flat_v = (np.zeros(self.flat_params[stretch].size, dtype) for _ in "mv")
-        self.params = carve(self.flat_params, self.table)
-        self.grads = carve(self.flat_grads, self.table)
-        self.flat_acts, self.more_grads = np.empty(0, dtype), []
-        self.shape = self.targets = None
+    def __init__(self, config, sequences, T, for_backward, flat_grads):
+        B, H, L = sequences.stop - sequences.start, config.n_head, config.n_layer
+        table = activation_table(config, B, T, for_backward)
+        arrays = views(np.empty(count(table), flat_grads.dtype), table)
+        blocks = [{name: x[i % len(x)] for name, x in arrays.items()} for i in range(L)]
+        for i, a in enumerate(blocks):
+            a["out"] = arrays["x"][(i + 1) % len(arrays["x"])]
+            a["recompute"] = len(arrays["gelu"]) < L
+            for name, heads in {"qkv": ["q", "k", "v"], "att": ["heads"],
+                                "dqkv": ["dq", "dk", "dv"], "dbranch": ["dheads"]}.items():
+                if name in a:  # (N, several C) -> several (B,H,T,D)
+                    x = a[name].reshape(B, T, len(heads), H, -1)
+                    a |= zip(heads, x.transpose(2, 0, 3, 1, 4))
+        self.sequences, self.flat_grads = sequences, flat_grads
+        self.a = blocks[-1] | {"x": blocks[0]["x"], "blocks": blocks}
+        self.g = by_layer(views(flat_grads, parameter_table(config)), L)
+
+
+class GPT2:
+    """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
+
+    params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table;
+    so are AdamW's moments flat_m and flat_v. A batch is processed in at most n_shards shards.
+    seed=None leaves the parameters for the caller to fill.
+
+    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
+    >>> for step in range(30):
+    ...     loss = model.forward([[0, 1, 2]], targets=[[1, 2, 3]])
+    ...     model.backward()
+    ...     norm = model.update(lr=0.1)
+    >>> model.forward([[0, 1, 2]]).argmax(axis=-1)
+    array([[1, 2, 3]])
+    """
+
+    def __init__(self, config, dtype=np.float32, seed=1337):
+        self.config, self.table, self.n_shards, self.step = config, parameter_table(config), 1, 0
+        self.flat_params = np.empty(count(self.table), dtype)
+        # zeros take no memory until they are first written to
+        self.flat_grads, self.flat_m, self.flat_v = np.zeros((3, self.flat_params.size), dtype)
+        self.params = views(self.flat_params, self.table)
+        self.grads = views(self.flat_grads, self.table)
+        self.layers, self.layout, self.batch = by_layer(self.params, config.n_layer), None, None
         if seed is not None:
             self._initialize(np.random.default_rng(seed))
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype=np.float32, stretch=slice(None)):
-        """A model from a folder in Hugging Face's layout: config.json and model.safetensors."""
-        model = cls(GPTConfig(**files.read_config(folder)), dtype, None, stretch)
-        files.read_weights(Path(folder) / "model.safetensors", model.params)
-        return model
-
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors as transformers.GPT2LMHeadModel reads them."""
-        files.write_model(folder, vars(self.config), self.params)
-
     def _initialize(self, rng):
-        """GPT-2's: matrices normal with standard deviation 0.02, biases 0, layernorm weights 1.
+        """Matrices are normal with standard deviation 0.02, biases 0, layernorm weights 1.
 
-        The c_proj, whose 2L outputs add up in the stream, get 0.02/sqrt(2L) (section 2.3).
+        A c_proj ends each of the 2L branches, whose results add up in the residual stream. Theirs
+        is smaller by sqrt(2L), so the variance of the sum does not grow with L (section 2.3).
         """
         for name, param in self.params.items():
             if param.ndim == 1:
-                param[...] = name.endswith("weight")
+                param[...] = 1 if name.endswith(".weight") else 0
             else:
                 rng.standard_normal(dtype=param.dtype, out=param)
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
-    def make_room(self, B, T):
-        """Activations for (B,T), carved from one array that is kept from call to call.
+    @classmethod
+    def from_pretrained(cls, folder, dtype=np.float32):
+        """The model in a folder in Hugging Face's format. Raises UserError if it is not a GPT-2."""
+        model = cls(read_config(folder), dtype, seed=None)
+        read_tensors(Path(folder) / "model.safetensors", model.params)
+        return model
 
-        Sequences meet only in the gradients. So where parameters are few beside activations, the
-        batch is cut into parts that pass through the whole network each on its thread, with
-        gradients of their own, added up in the end: layers need not wait for each other's pieces.
-        """
-        if self.shape == (B, T):
-            return
-        self.shape, N, config = (B, T), B * T, self.config
-        ratio = size(activation_table(config, B, T)) / self.flat_params.size
-        cut = split(B, min(8, N / 256, 1 + ratio / 4))
-        table = {"logits": (N, config.vocab_size), "losses": (N,)}
-        for i, part in enumerate(cut):
-            part_table = activation_table(config, part.stop - part.start, T)
-            table |= {f"{i}.{name}": shape for name, shape in part_table.items()}
-        if self.flat_acts.size < size(table):
-            self.flat_acts = np.empty(size(table), self.flat_params.dtype)
-        acts = carve(self.flat_acts, table)
-        self.logits_and_losses = acts["logits"], acts["losses"]
-        self.more_grads += [np.zeros_like(self.flat_grads) for _ in cut[1 + len(self.more_grads):]]
-        self.parts = []
-        for i, part in enumerate(cut):
-            rows, a = slice(part.start * T, part.stop * T), under(f"{i}.", acts)
-            g = carve(self.more_grads[i - 1], self.table) if i else self.grads
-            blocks, x, shared = [], a["embedded"], under("shared.", a)
-            shared |= thirds(shared["d.qkv"], ["d.q", "d.k", "d.v"])
-            for h in range(config.n_layer):
-                g_h, a_h, p_h = (under(f"h.{h}.", views) for views in (g, a, self.params))
-                blocks.append((pairs(g_h), a_h | shared | thirds(a_h["qkv"]), x, pairs(p_h)))
-                x = a_h["x"]
-            a |= {"x": x, "logits": acts["logits"][rows], "losses": acts["losses"][rows]}
-            self.parts.append((part, rows, g, a, blocks))
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, as transformers.GPT2LMHeadModel reads them."""
+        write_model(Path(folder), self)
 
-    def _checked(self, ids):
-        """ids as an array (B,T) of tokens this model knows, or Refused."""
-        ids, config = np.asarray(ids), self.config
-        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise Refused(f"ids must be whole numbers of shape (B,T), not {ids.dtype} {ids.shape}")
-        if ids.shape[1] > config.n_positions:
-            raise Refused(f"T={ids.shape[1]} is longer than n_positions={config.n_positions}")
-        for bad in ids[(ids < 0) | (ids >= config.vocab_size)]:
-            raise Refused(f"id {bad} is outside the vocabulary of {config.vocab_size}")
+    def _checked(self, ids, name="ids"):
+        """ids as an array (B,T) of tokens that this model knows. Raises UserError otherwise."""
+        ids, V, context = np.asarray(ids), self.config.vocab_size, self.config.n_positions
+        require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu",
+                f"{name} must be whole numbers of shape (B,T), not {ids.dtype} {ids.shape}")
+        require(ids.shape[1] <= context,
+                f"{name} have T={ids.shape[1]}, more than n_positions={context}; give fewer")
+        require(0 <= ids.min() and ids.max() < V,
+                f"{name} are in {ids.min()}..{ids.max()}, outside the vocabulary of {V} tokens")
         return ids
 
-    def forward(self, ids, targets=None):
-        """ids (B,T) -> logits (B,T,V), kept in self.logits; with targets (B,T) -> the mean loss."""
-        self.ids = self._checked(ids)
-        self.targets = None if targets is None else self._checked(targets)
-        if targets is not None and self.targets.shape != self.ids.shape:
-            raise Refused(f"targets {self.targets.shape} are not of ids' shape {self.ids.shape}")
-        self.make_room(*self.ids.shape)
+    def _run(self, ids, targets=None, for_backward=False, past=0, cache=None):
+        """The forward pass of all shards, which are laid out anew if the shape has changed."""
+        self.batch, (B, T) = (ids, targets) if for_backward else None, ids.shape
+        layout = B, T, for_backward, self.n_shards
+        if self.layout != layout:
+            self.layout, self.shards = layout, []  # frees the old activations first
+            for sequences in split(B, self.n_shards):
+                first = not self.shards or not for_backward
+                grads = self.flat_grads if first else np.zeros_like(self.flat_grads)
+                self.shards.append(Shard(self.config, sequences, T, for_backward, grads))
 
-        def part(sequences, rows, _, a, blocks):
-            network_forward(a, blocks, self.params, self.ids[sequences],
-                            None if targets is None else self.targets.ravel()[rows])
-        parallel(part, self.parts)
-        logits, losses = self.logits_and_losses
-        self.logits = logits.reshape(*self.ids.shape, -1)
-        return self.logits if targets is None else float(losses.mean())
+        def forward(shard):
+            own = shard.sequences
+            network_forward(shard.a, self.layers, ids[own], None if targets is None
+                            else targets[own], past, None if cache is None else cache[:, :, own])
+        parallel(forward, self.shards)
 
-    def backward(self, dloss=1.0, accumulate=False):
-        """Fills grads with dloss times the gradient of forward's loss, or adds that to them.
+    def logits(self):
+        """The logits (B,T,V) of the last forward pass, as a new array."""
+        logits = np.concatenate([shard.a["logits"] for shard in self.shards])
+        return logits.reshape(*self.layout[:2], -1)
 
-        The logits turn into their own gradient, so every backward needs a forward before it.
+    def forward(self, ids, targets=None, for_backward=True):
+        """ids (B,T) -> logits (B,T,V), a new array; with targets (B,T) -> the mean loss, a float.
+
+        With for_backward=False the loss takes a fraction of the memory, and backward() cannot
+        follow. Raises UserError for ids or targets that do not fit the model.
         """
-        assert self.targets is not None, "backward() without a forward(ids, targets) before it"
-        more_grads, each = self.more_grads[:len(self.parts) - 1], dloss / self.ids.size
+        ids = self._checked(ids)
+        if targets is None:
+            self._run(ids)
+            return self.logits()
+        targets = self._checked(targets, "targets")
+        require(targets.shape == ids.shape, f"targets have shape {targets.shape}, ids {ids.shape}")
+        self._run(ids, targets, for_backward)
+        return float(np.concatenate([shard.a["losses"] for shard in self.shards]).mean())
 
-        def clear(block):
-            for flat in more_grads if accumulate else [self.flat_grads, *more_grads]:
-                flat[block] = 0
+    def backward(self, dloss=1.0):
+        """Add dloss times the gradient of forward()'s loss to grads, which update() sets to 0.
 
-        def part(sequences, rows, g, a, blocks):
-            network_backward(g, a, blocks, self.params, self.ids[sequences],
-                             self.targets.ravel()[rows], each)
+        Raises UserError unless a forward(ids, targets) came before; each serves one backward().
+        """
+        require(self.batch is not None, "backward() needs a forward(ids, targets) before each call")
+        (ids, targets), self.batch = self.batch, None
 
-        def add_up(block):
-            for flat in more_grads:
-                self.flat_grads[block] += flat[block]
-        blocks = row_blocks(self.flat_grads.size)
-        parallel(clear, blocks)
-        parallel(part, self.parts)
-        parallel(add_up, blocks)
-        self.targets = self.logits = None
+        def backward(shard):
+            network_backward(shard.g, shard.a, self.layers, ids[shard.sequences],
+                             targets[shard.sequences], dloss / ids.size)
+        parallel(backward, self.shards)
+        for shard in self.shards[1:]:
+            move(self.flat_grads, shard.flat_grads)
 
     def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
-        """One step of AdamW; returns the gradient's norm, before clipping to grad_clip (0: none).
+        """One step of AdamW, after which grads are 0; returns their global norm before clipping.
 
-        If the norm is not finite, nothing changes.
+        Clipping: if the norm (the length of the flat gradient) is above grad_clip, the gradient is
+        scaled down to that length; 0 means never. Matrices decay, biases and layernorm weights do
+        not. If the norm is not finite, nothing changes.
         """
-        norm = global_norm(self.flat_grads)
+        total = np.zeros(1)
+        add_squares(total, self.flat_grads)
+        norm = math.sqrt(total[0])
         if math.isfinite(norm):
-            self.steps += 1
+            self.step += 1
             clip = min(1, grad_clip / (norm + 1e-6)) if grad_clip else 1
-            adamw(self.flat_params[self.stretch], self.flat_m, self.flat_v,
-                  self.flat_grads[self.stretch], self.table, self.stretch.start, self.steps, lr,
-                  beta1, beta2, eps, weight_decay, clip)
+            n = sum(param.size for param in self.params.values() if param.ndim == 2)
+            for part, decay in (slice(0, n), weight_decay), (slice(n, None), 0):
+                adamw(self.flat_params[part], self.flat_m[part], self.flat_v[part],
+                      self.flat_grads[part], self.step, lr, beta1, beta2, eps, decay, clip)
         return norm
 
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None,
-                 on_token=None):
-        """ids (B,T) -> (B, T + max_new_tokens), continued token by token; see sample().
 
-        Past n_positions the window slides on by a quarter of it at a time. on_token, if given, is
-        called with every new (B,).
-        """
-        ids, rng, context = np.asarray(ids), rng or np.random.default_rng(), self.config.n_positions
-        first, cache = max(0, ids.shape[1] - context), None
-        for _ in range(max_new_tokens):
-            if ids.shape[1] - first > context:
-                first, cache = ids.shape[1] - max(1, context * 3 // 4), None
-            logits, cache = self.continue_with(ids[:, first:], cache)
-            new = sample(logits, temperature, top_k, top_p, rng)
-            ids = np.concatenate([ids, new[:, None]], axis=1)
-            if on_token:
-                on_token(new)
-        return ids
+@by_rows("total part")
+def move(total, part):
+    """Add part (n,) to total (n,), and set it to 0."""
+    total += part
+    part[...] = 0
 
-    def continue_with(self, ids, cache=None):
-        """ids (B,T) -> logits (B,V) for what comes next, and a cache to go on from.
 
-        Keys and values of a position never change, as nothing looks ahead. So they are kept in the
-        cache (L,B,n_positions,3C), and with it only the last of the ids goes through the network.
-        """
-        (B, T), C, context = ids.shape, self.config.n_embd, self.config.n_positions
-        if cache is None:
-            logits = self.forward(ids)[:, -1]
-            cache = np.empty((self.config.n_layer, B, context, 3 * C), logits.dtype)
-            for part, *_, blocks in self.parts:
-                for kept, (_, a, *_) in zip(cache, blocks):
-                    kept[part, :T] = a["qkv"].reshape(-1, T, 3 * C)
-            return logits, cache
-        new = self._checked(ids[:, -1:])
-        self.make_room(B, 1)
-        for part, _, _, a, blocks in self.parts:
-            blocks = [(g, acts | thirds(kept[part, :T])
-                       | {"qkv": kept[part, T - 1], "q": kept[part, T - 1, :C]}, x, p)
-                      for kept, (g, acts, x, p) in zip(cache, blocks)]
-            network_forward(a, blocks, self.params, new[part], past=T - 1)
-        return self.logits_and_losses[0], cache
+@by_rows("flat", sums="total")
+def add_squares(total, flat):
+    """Add the sum of flat (n,) ** 2 to total (1,)."""
+    total += np.dot(flat, flat)
+
 
 # ------------------------------------------------------------------------------------------------
-# The step.
+# The optimizer. Plain gradient descent moves every parameter against its gradient, p = p - lr g.
+# AdamW keeps two running averages for every parameter, called moments: m of its gradient, which
+# smooths the noise of single batches, and v of the gradient's square, which tells its usual size.
+# Dividing m by sqrt(v) makes steps of about lr whatever the size of the gradients, so one learning
+# rate serves all parameters. In step t = 1, 2, ... with the gradient g:
+#
+#     m = beta1 m + (1 - beta1) g          mhat = m / (1 - beta1^t)
+#     v = beta2 v + (1 - beta2) g^2        vhat = v / (1 - beta2^t)
+#     p = p - lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
+#
+# m and v start at 0, so at first they are too small; mhat and vhat correct that. Weight decay pulls
+# parameters toward 0, so that only those stay large which the data keep large. The code works on m
+# and v directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
+#
+#     lr mhat / (sqrt(vhat) + eps) = rate m / (sqrt(v) + root eps),   rate = lr root / (1 - beta1^t)
 
-def global_norm(flat_grads):
-    """The length of the whole gradient, sqrt(sum of squares), a float."""
-    blocks = row_blocks(flat_grads.size)
-    squares = np.empty(len(blocks))
+@by_rows("params m v grads")
+def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
+    """Update params, m and v (n,) in place with g = clip * grads, then set grads to 0.
 
-    def piece(i, block):
-        squares[i] = np.dot(flat_grads[block], flat_grads[block])
-    parallel(piece, [(i, block) for i, (block,) in enumerate(blocks)])
-    return math.sqrt(squares.sum())
+    Loshchilov & Hutter 2019, algorithm 2. In step 1 mhat = g and vhat = g^2, so every parameter
+    moves by lr, however large its gradient is (here by 0.01, and by 0.01 * 0.1 for the decay):
 
-def adamw(params, m, v, grads, table, first, step, lr, beta1, beta2, eps, weight_decay, clip):
-    """AdamW on flat arrays in place. Loshchilov & Hutter 2019, algorithm 2; with g = clip * grads:
-
-        m = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
-        p = p - lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
-        mhat = m / (1 - beta1^step),      vhat = v / (1 - beta2^step)
-
-    m and v start at 0, for which mhat and vhat make up. Only matrices decay. With root =
-    sqrt(1 - beta2^step), mhat / (sqrt(vhat) + eps) = root mhat / (sqrt(v) + root eps). The arrays
-    are a stretch of those that the table describes, from their element `first` on.
+    >>> params, m, v = np.ones(2), np.zeros(2), np.zeros(2)
+    >>> adamw(params, m, v, np.array([5., -0.1]), 1, 0.01, 0.9, 0.95, 1e-8, 0.1, 1)
+    >>> params.round(6), m.round(6)
+    (array([0.989, 1.009]), array([ 0.5 , -0.01]))
     """
     root = math.sqrt(1 - beta2**step)
     rate = lr * root / (1 - beta1**step)
-    matrices = [span for name, span in spans(table).items() if len(table[name]) == 2]
+    # m = beta1 * m + (1 - beta1) * clip * grads
+    term = (1 - beta1) * clip * grads
+    m *= beta1
+    m += term
+    # v = beta2 * v + (1 - beta2) * (clip * grads)**2
+    np.multiply(grads, grads, out=term)
+    term *= (1 - beta2) * clip**2
+    v *= beta2
+    v += term
+    # params = (1 - lr * weight_decay) * params - rate * m / (sqrt(v) + root * eps)
+    np.sqrt(v, out=term)
+    term += root * eps
+    np.divide(m, term, out=term)
+    term *= rate
+    if weight_decay:
+        params *= 1 - lr * weight_decay
+    params -= term
+    grads[...] = 0
 
-    def piece(block):
-        g, m_, v_ = grads[block], m[block], v[block]
-        for span in matrices:
-            start, stop = max(span.start - first, block.start), min(span.stop - first, block.stop)
-            if start < stop:
-                params[start:stop] *= 1 - lr * weight_decay
-        m_ *= beta1
-        m_ += (1 - beta1) * clip * g
-        v_ *= beta2
-        v_ += (1 - beta2) * clip**2 * g * g
-        params[block] -= rate * m_ / (np.sqrt(v_) + eps * root)
-    parallel(piece, row_blocks(params.size))
+
+def learning_rate(step, steps, warmup, lr, min_lr):
+    """The learning rate of a step in 1..steps: a line up to lr, then half a cosine down to min_lr.
+
+    The line up is the warm-up: AdamW's first steps have full size, although m and v then rest on
+    few batches, so lr starts small. Loshchilov & Hutter 2017, equation 5.
+
+    >>> [round(learning_rate(step, 100, 20, 1.0, 0.2), 9) for step in (1, 10, 20, 60, 100)]
+    [0.05, 0.5, 1.0, 0.6, 0.2]
+    """
+    if step <= warmup:
+        return lr * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
 
 # ------------------------------------------------------------------------------------------------
-# The sample.
+# Sampling: draw a token from the predicted probabilities, append it to the text, predict again.
+# Keys and values of earlier positions do not change when a token is appended, because the causal
+# mask hides it from them. So they are kept, in the KV cache, and only the new token has to go
+# through the network.
 
 def sample(logits, temperature, top_k, top_p, rng):
-    """Draws a next token for each row: logits (B,V) -> ids (B,).
+    """Draw the next token for each row: logits (B,V) -> ids (B,).
 
-    From softmax(logits / temperature), of which top_k leaves the k likeliest tokens and top_p the
-    fewest likeliest that together reach probability top_p (Holtzman et al. 2020, section 3.1).
-    Temperature 0 takes the likeliest.
+    The probabilities are softmax(logits / temperature): below 1, temperature favours likely tokens
+    more, and 0 takes the likeliest. top_k keeps the k likeliest tokens; top_p keeps the fewest
+    likeliest tokens whose probabilities add up to top_p (Holtzman et al. 2020, section 3.1).
+
+    >>> logits, rng = np.log([[0.5, 0.3, 0.2]] * 1000), np.random.default_rng(0)
+    >>> np.bincount(sample(logits, 1.0, 2, None, rng), minlength=3)  # near 625, 375 and 0
+    array([604, 396,   0])
     """
     if temperature == 0:
         return logits.argmax(axis=1)
-    p = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
-    if top_k is not None and top_k < p.shape[1]:
-        p[p < np.partition(p, -top_k)[:, [-top_k]]] = 0
+    with np.errstate(over="ignore"):  # for a tiny temperature, exp(-inf) = 0 is the correct limit
+        scaled = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature
+    probs = np.exp(scaled)  # up to a factor, which does not matter below
+    if top_k is not None and top_k < probs.shape[1]:
+        probs[probs < np.partition(probs, -top_k)[:, [-top_k]]] = 0
     if top_p is not None:
-        ranked = np.sort(p)[:, ::-1]
-        needed = ranked.cumsum(axis=1) - ranked < top_p * ranked.sum(axis=1, keepdims=True)
-        needed[:, 0] = True
-        p[p < np.where(needed, ranked, np.inf).min(axis=1, keepdims=True)] = 0
-    reached = p.cumsum(axis=1)  # the tokens' stretches of 0..sum(p); a random point falls into one
-    return (reached > rng.random((len(p), 1)) * reached[:, -1:]).argmax(axis=1)
+        ranked = np.sort(probs)[:, ::-1]
+        kept = ranked.cumsum(axis=1) - ranked < top_p * ranked.sum(axis=1, keepdims=True)
+        kept[:, 0] = True
+        probs[probs < np.where(kept, ranked, np.inf).min(axis=1, keepdims=True)] = 0
+    ends = probs.cumsum(axis=1)  # a random point falls into the interval of one token
+    return (ends > rng.random((len(probs), 1)) * ends[:, -1:]).argmax(axis=1)
 
-def print_sample(model, tokenizer, args, rng):
-    """Prints a text of the model's as it comes."""
-    prompt = args.prompt
-    if prompt is None:  # texts as bytes have no <|endoftext|> between them
-        prompt = "\n" if args.tokenizer == "byte" else "<|endoftext|>"
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take two tokens
 
-    def show(new):
-        known = new[new < tokenizer.n_vocab]
-        print(decoder.decode(tokenizer.decode_bytes(known.tolist())), end="", flush=True)
-    print(prompt, end="", flush=True)
-    model.generate([tokenizer.encode(prompt)], args.max_new_tokens, args.temperature, args.top_k,
-                   args.top_p, rng, show)
-    print(decoder.decode(b"", final=True), flush=True)
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None,
+             on_token=None):
+    """Continue ids (B,T) token by token -> (B, T + max_new_tokens); see sample() for the options.
+
+    The model sees a window of the last tokens, at most n_positions. When it is full, it moves on,
+    keeping the last three quarters. on_token is called with every new token (B,).
+    """
+    ids, rng, config = np.asarray(ids), rng or np.random.default_rng(), model.config
+    cache = np.empty((config.n_layer, 2, len(ids), config.n_head, config.n_positions,
+                      config.n_embd // config.n_head), model.flat_params.dtype)
+    start, past = max(0, ids.shape[1] - config.n_positions), 0  # of the window; cached positions
+    for _ in range(max_new_tokens):
+        if ids.shape[1] - start > config.n_positions:
+            start, past = ids.shape[1] - max(1, config.n_positions * 3 // 4), 0
+        new = model._checked(ids[:, start + past:])
+        model._run(new, past=past, cache=cache[..., :past + new.shape[1], :])
+        past += new.shape[1]
+        token = sample(model.logits()[:, -1], temperature, top_k, top_p, rng)
+        ids = np.concatenate([ids, token[:, None]], axis=1)
+        if on_token:
+            on_token(token)
+    return ids
+
 
 # ------------------------------------------------------------------------------------------------
-# Many machines. torchrun starts one process, a rank, on each. Every rank holds the whole model and
-# takes its share of each batch. As the gradients are one flat array, to add up those of all ranks
-# is one call, and torch is no more than the transport: its tensors are views of NumPy's memory.
-# AdamW is sharded (ZeRO stage 1; Rajbhandari et al. 2020, section 5.1): a rank has the moments of
-# its own stretch of the parameters only, updates those, and gets the others from their ranks.
+# Tokens. A text becomes a file of ids, from which training draws random windows.
 
-class Ranks:
-    """The processes of a run, rank 0..size-1. Without torchrun there is one: nothing to do."""
+class Tokenizer:
+    """Text to ids and back. "byte" has the 256 bytes of UTF-8 and <|endoftext|>; "gpt2" is GPT-2's
+    byte pair encoding (Radford et al. 2019, section 2.2), from the package tiktoken.
+
+    >>> Tokenizer("byte").encode("Oh!<|endoftext|>")
+    [79, 104, 33, 256]
+    """
+    sizes = {"byte": 257, "gpt2": 50257}
+
+    def __init__(self, name):
+        self.name, self.n_vocab, self.eot_token = name, self.sizes[name], self.sizes[name] - 1
+        self.bpe = None
+        if name == "gpt2":
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
+            try:
+                import tiktoken
+                self.bpe = tiktoken.get_encoding("gpt2")
+            except Exception as error:  # it is not installed, or whatever its download raises
+                raise UserError(
+                    f"GPT-2's tokens need the package tiktoken ({type(error).__name__}): pip "
+                    "install tiktoken; if its download fails, set TIKTOKEN_CACHE_DIR to a folder "
+                    "that it has filled on another machine; or use --tokenizer byte") from None
+
+    def encode(self, text):
+        """A string -> a list of ids. <|endoftext|> in the text becomes that one token."""
+        if self.bpe:
+            return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
+        parts = (part.encode("utf-8") for part in text.split("<|endoftext|>"))
+        return [id for part in parts for id in (self.eot_token, *part)][1:]
+
+    def token_bytes(self, id):
+        """The bytes of a token: one or more characters, or a part of one; none for unknown ids."""
+        if id >= self.eot_token:
+            return b"<|endoftext|>" * (id == self.eot_token)
+        return self.bpe.decode_single_token_bytes(id) if self.bpe else bytes([id])
+
+    def decode(self, ids):
+        """Ids -> a string; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(int(id)) for id in ids).decode("utf-8", errors="replace")
+
+
+DATA, MAGIC, VERSION = Path("data"), 20240520, 1
+
+
+def write_file(path, *parts):
+    """Write bytes to a file that appears at `path` whole or not at all; returns their CRC-32."""
+    path, crc32 = Path(path), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            for part in parts:
+                file.write(part)
+                crc32 = zlib.crc32(part, crc32)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return crc32
+
+
+def write_tokens(path, ids):
+    """Write a token file as llm.c does: 256 int32 (magic, version, count, zeros), uint16 ids."""
+    ids, header = np.asarray(ids), np.zeros(256, "<i4")
+    require(0 <= ids.min() and ids.max() < 2**16, f"{path}: ids must be in 0..65535")
+    header[:3] = MAGIC, VERSION, len(ids)
+    write_file(path, header, ids.astype("<u2"))
+
+
+def map_tokens(path):
+    """The ids of a token file as an array that stays on disk. Raises UserError if it is not one."""
+    header, again = np.fromfile(path, "<i4", 256), "make it again with prepro_tinyshakespeare.py"
+    require(len(header) == 256 and header[0] == MAGIC and header[1] == VERSION,
+            f"{path}: not a token file of version {VERSION}; {again}")
+    stated, held = int(header[2]), (os.path.getsize(path) - 1024) / 2
+    require(stated == held > 1,
+            f"{path}: its header says {stated} tokens, it holds {held:g}; {again}")
+    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(stated,))
+
+
+class Tokens:
+    """The tokens of a file, or of all files that match a pattern such as data/fineweb_train_*.bin.
+
+    Raises UserError if there is no such file, and for an id outside the vocabulary when it is read.
+    """
+
+    def __init__(self, pattern, vocab_size):
+        self.paths, self.vocab_size = sorted(glob.glob(str(pattern))), vocab_size
+        require(self.paths, f"{pattern}: no such file; make it with prepro_tinyshakespeare.py")
+        self.files = [map_tokens(path) for path in self.paths]
+
+    def __len__(self):
+        return sum(map(len, self.files))
+
+    def _read(self, i, start, n):
+        ids = self.files[i][start:start + n].astype(np.int64)
+        require(ids.max() < self.vocab_size, f"{self.paths[i]}: id {ids.max()} is outside the "
+                f"vocabulary of {self.vocab_size}; give the --tokenizer that it was made with")
+        return ids
+
+    def batch(self, rng, B, T):
+        """B random windows, every start equally likely -> ids (B,T), targets (B,T)."""
+        ends = np.cumsum([max(0, len(file) - T) for file in self.files])
+        require(ends[-1] > 0, f"{self.paths[0]}: no {T + 1} tokens in a row; lower --seq_len {T}")
+        starts = rng.integers(ends[-1], size=B)
+        files = np.searchsorted(ends, starts, side="right")
+        windows = np.stack([self._read(i, start - (ends[i - 1] if i else 0), T + 1)
+                            for i, start in zip(files, starts)])
+        return windows[:, :-1], windows[:, 1:]
+
+    def all_batches(self, B, T, limit):
+        """Every token once as a target, in order, up to `limit`: yields ids and targets."""
+        for i, file in enumerate(self.files):
+            start, stop = 0, min(len(file) - 1, limit)
+            limit -= stop
+            while start < stop:  # batches (B,T), and last one sequence of what is left
+                t = min(T, stop - start)
+                b = min(B, (stop - start) // t)
+                window = self._read(i, start, b * t + 1)
+                yield window[:-1].reshape(b, t), window[1:].reshape(b, t)
+                start += b * t
+
+
+# ------------------------------------------------------------------------------------------------
+# Training.
+
+def train_step(model, tokens, rng, lr, args, processes, stop=0):
+    """One step of the optimizer -> (loss before it, norm of the gradient, sum of all `stop`).
+
+    Memory may not suffice for a large batch, so the gradient is the mean over grad_accum smaller
+    ones, called micro-batches. torchrun's processes share the sequences of each among themselves.
+    """
+    sums, share = np.array([0.0, stop]), 1 / (args.grad_accum * processes.size)
+    for _ in range(args.grad_accum):
+        ids, targets = tokens.batch(rng, args.batch_size, args.seq_len)
+        sums[0] += share * model.forward(processes.own(ids), processes.own(targets))
+        model.backward(share)
+    processes.all_reduce(sums)
+    processes.all_reduce(model.flat_grads)
+    norm = model.update(lr, args.beta1, args.beta2, 1e-8, args.weight_decay, args.grad_clip)
+    return float(sums[0]), norm, int(sums[1])
+
+
+def choose_shards(config, B, T, threads):
+    """The number of shards for steps of (B,T): one for each thread, if each has enough to do.
+
+    A shard costs a gradient array, to be added up in every step. That is little as long as its
+    activations are larger. With fewer than some 192 positions, a shard is not worth a thread.
+    """
+    ratio = count(activation_table(config, B, T)) / count(parameter_table(config))
+    return max(1, int(min(threads, B, B * T / 192, ratio)))
+
+
+def evaluate(model, tokens, args):
+    """The mean loss of the first args.eval_tokens tokens (0: of all), in nats per token."""
+    T, total, done = args.seq_len, 0.0, 0
+    limit = min(args.eval_tokens or len(tokens), len(tokens) - len(tokens.files))
+    room = count(activation_table(model.config, args.batch_size, T))  # as much as training uses
+    B = max(1, 1024 // T, room // count(activation_table(model.config, 1, T, False)))
+    for ids, targets in tokens.all_batches(B, T, limit):
+        total += model.forward(ids, targets, for_backward=False) * ids.size
+        done += ids.size
+        show_progress(f"validation: {done:,} of {limit:,} tokens")
+    show_progress("")
+    return total / done
+
+
+def print_sample(model, tokenizer, args, rng):
+    """Print a text of the model's while it is generated."""
+    prompt = args.prompt or ("\n" if args.tokenizer == "byte" else "<|endoftext|>")
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    ids, context = tokenizer.encode(prompt), model.config.n_positions
+    if len(ids) > context:
+        print(f"the prompt has {len(ids)} tokens, the last {context} are used", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+
+    def show(token):
+        print(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="", flush=True)
+    print(prompt, end="", flush=True)
+    generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, rng, show)
+    print(decoder.decode(b"", final=True), flush=True)
+
+
+def show_progress(text):
+    """Replace the last line of the terminal, if stderr is one."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r{text:79}\r", end="", file=sys.stderr, flush=True)
+
+
+COLUMNS = "step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"
+
+
+def open_log(path, step):
+    """Open a run's log.csv to append rows, without those after `step`, where the run resumes."""
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    kept = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line)
+            and int(line.split(",")[0]) <= step]
+    write_file(path, "".join(f"{line}\n" for line in [",".join(COLUMNS), *kept]).encode())
+    return open(path, "a", encoding="utf-8", newline="\n")
+
+
+def catch_signals():
+    """A list that gets the exit status at the first SIGINT or SIGTERM; a second stops at once."""
+    caught = []
+
+    def catch(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(128 + number)
+        os.write(2, b"\nstopping after this step; press again to stop at once\n")
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, catch)
+    return caught
+
+
+def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
+    """All steps that are left, with log, validation, samples and checkpoints on the way.
+
+    rngs are the random generators of batches and of samples; save() writes a checkpoint.
+    """
+    caught, times, width, first = catch_signals(), [], len(str(args.steps)), processes.rank == 0
+    tokens = args.batch_size * args.seq_len * args.grad_accum
+    # for each token 6 multiplications or additions per parameter, and 12 C S per block in
+    # attention, where a query sees S = T/2 keys on average
+    flops = 6 * tokens * (model.flat_params.size + args.n_layer * args.n_embd * args.seq_len)
+    log = open_log(Path(args.out) / "log.csv", model.step) if first else None
+    for step in range(model.step + 1, args.steps + 1):
+        last, start, processes.seconds, row = step == args.steps, time.perf_counter(), 0.0, {}
+        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
+        loss, norm, stop = train_step(model, train, rngs[0], lr, args, processes, len(caught))
+        require(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, the gradient's norm "
+                f"{norm}; lower --lr {args.lr:g} or raise --warmup {args.warmup}")
+        times.append(time.perf_counter() - start)
+        try:
+            if first and (last or step == 1 or step % args.log_every == 0):
+                seconds, times = sum(times) / len(times), []  # on average since the last line
+                row |= dict(loss=round(loss, 6), norm=round(norm, 6), lr=f"{lr:.6e}",
+                            ms=round(1e3 * seconds, 2), tokens_per_second=round(tokens / seconds))
+                left = datetime.timedelta(seconds=round(seconds * (args.steps - step)))
+                network = f" | network {1e3 * processes.seconds:.0f} ms" * (processes.size > 1)
+                print(f"step {step:{width}}/{args.steps} | loss {loss:.4f} | norm {norm:.2f} | "
+                      f"lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {tokens / seconds:5.0f} tok/s | "
+                      f"{flops / seconds / 1e9:3.0f} GFLOP/s | {left} left{network}", flush=True)
+            if first and (last or step % args.eval_every == 0):
+                row["val_loss"] = round(evaluate(model, val, args), 6)
+                print(f"step {step:{width}} | val loss {row['val_loss']:.4f}", flush=True)
+            if first and (last or step % args.sample_every == 0):
+                print("-" * 80)
+                print_sample(model, tokenizer, args, rngs[1])
+                print("-" * 80, flush=True)
+        except BrokenPipeError:  # whoever read our output has ended: save, then stop
+            caught.append(discard_stdout())
+        if row:
+            row = {"step": step} | row
+            print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log, flush=True)
+        if last or stop or step % args.save_every == 0:
+            folder = save()
+        if stop:
+            print(f"stopped after step {step}, saved in {folder}; --resume continues", flush=True)
+            break
+    if stop or caught:
+        sys.exit((caught or [128 + signal.SIGTERM])[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints. A model is a folder in Hugging Face's format: config.json, model.safetensors, and the
+# tokenizer's files. A safetensors file is the length of a JSON text in 8 bytes, that JSON text, and
+# the numbers: our flat array with its table in front. The checkpoint of a run, OUT/step_000250, has
+# also AdamW's moments in optimizer.safetensors and the rest of the run's state in trainer.json.
+
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+PLAIN_GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+              "add_cross_attention": False, "tie_word_embeddings": True}
+
+
+def write_tensors(path, tensors):
+    """Write {name: array of floats} as a safetensors file; returns the file's CRC-32."""
+    index, stop = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        start, stop = stop, stop + x.nbytes
+        index[name] = {"dtype": f"F{8 * x.itemsize}", "shape": x.shape,
+                       "data_offsets": (start, stop)}
+    header = json.dumps(index).encode()
+    header += b" " * (-len(header) % 8)
+    return write_file(path, len(header).to_bytes(8, "little"), header, *(
+        x.astype(x.dtype.newbyteorder("<"), copy=False) for x in tensors.values()))
+
+
+def read_tensors(path, arrays):
+    """Fill {name: array} from a safetensors file, which may be in another float format.
+
+    Names may begin with `transformer.`; the causal masks in old files are skipped; a stored
+    lm_head.weight must equal wte.weight. Raises UserError for a damaged file (the tensors must fill
+    it without gaps), and for names and shapes that do not fit.
+    """
+    found, end, advice = {}, 0, "use a model.safetensors and a config.json that belong together"
+    try:
+        data = np.memmap(path, np.uint8, "r")  # stays on disk until it is used
+        length = min(int.from_bytes(data[:8].tobytes(), "little"), data.size)
+        index, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
+        index.pop("__metadata__", None)
+        for name, entry in sorted(index.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            size = math.prod(shape) * np.dtype(FLOATS.get(dtype, "u1")).itemsize
+            require({int} == {type(n) for n in (*shape, start, stop)} and start == end and
+                    stop - start == size, f"{name} cannot be {dtype} {shape} at {start}..{stop}")
+            name, end = name.removeprefix("transformer."), stop
+            require(name not in found, f"{name} occurs with and without `transformer.`")
+            if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+                found[name] = dtype, tuple(shape), data[start:stop]
+        require(end == len(data), f"its tensors have {end} bytes, it holds {len(data)}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error!s:.100}); "
+                        "download or save it again") from None
+    if "lm_head.weight" in found:
+        arrays = arrays | {"lm_head.weight": np.empty_like(arrays["wte.weight"])}
+    for name in sorted(arrays.keys() ^ found.keys()):
+        problem = "missing" if name in arrays else "unknown"
+        raise UserError(f"{path}: tensor {name} is {problem}; {advice}")
+    for name, (dtype, shape, numbers) in found.items():
+        require(dtype in FLOATS and shape == arrays[name].shape, f"{path}: {name} is {dtype} "
+                f"{shape}, expected floats of shape {arrays[name].shape}; {advice}")
+        numbers = numbers.view(FLOATS[dtype])
+        if dtype == "BF16":  # the upper half of a float32
+            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+        arrays[name][...] = numbers.reshape(shape)
+    if "lm_head.weight" in found:
+        require((arrays["lm_head.weight"] == arrays["wte.weight"]).all(), f"{path}: lm_head.weight "
+                "differs from wte.weight; GPT-2 ties them, so use a model with tied weights")
+
+
+def read_json(path):
+    """The JSON object in a file. Raises UserError if there is none."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    require(isinstance(found, dict), f"{path}: not a JSON object; download or save it again")
+    return found
+
+
+def read_config(folder):
+    """The GPTConfig of a folder's config.json. Raises UserError for what is not a plain GPT-2."""
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    sizes = {name: found.get(name) for name in asdict(GPTConfig())}
+    for name, value in sizes.items():
+        require(type(value) is int and 0 < value < 2**31,
+                f"{path}: {name} is {value!r}, not a whole number above 0; use the one of a GPT-2")
+    for name, value in (PLAIN_GPT2 | {"n_inner": 4 * sizes["n_embd"]}).items():
+        require(found.get(name, value) in (value, None if name == "n_inner" else value),
+                f"{path}: {name} is {found.get(name)!r}; use a plain GPT-2, which has {value!r}")
+    return GPTConfig(**sizes)
+
+
+def write_model(folder, model):
+    """Write config.json and model.safetensors; returns the latter's CRC-32."""
+    last = model.config.vocab_size - 1
+    config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(model.config),
+              **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
+              "bos_token_id": last, "eos_token_id": last}
+    write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    return write_tensors(folder / "model.safetensors",
+                         {f"transformer.{name}": x for name, x in model.params.items()})
+
+
+def tokenizer_files(tokenizer, n_positions):
+    """{file name: bytes} from which transformers' AutoTokenizer makes the same tokenizer.
+
+    These files write every byte as a printable character: itself, or one from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in printable]
+    letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
+    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.eot_token)]
+    ranks, merges = {token: i for i, token in enumerate(tokens)}, ["#version: 0.2"]
+    for rank, token in enumerate(tokens):  # find the two earlier tokens that this one merges
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # as encoding would do before this token existed
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(letter[b] for b in part) for part in parts))
+    vocab = {"".join(letter[b] for b in token): i for i, token in enumerate(tokens)}
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_positions,
+              **dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")}
+    return {"vocab.json": json.dumps(vocab | {"<|endoftext|>": len(tokens)}).encode(),
+            "merges.txt": "\n".join([*merges, ""]).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+
+def checkpoints(out):
+    """The checkpoints in a run's folder, from the first to the last."""
+    found = [path for path in Path(out).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save_checkpoint(out, model, files, state):
+    """Write OUT/step_..., whole or not at all, and keep the one before it; returns its path."""
+    folder = Path(out) / f"step_{model.step:06}"
+    unfinished = folder.with_name(folder.name + ".tmp")
+    for left in Path(out).glob("step_*.tmp"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        moments = {"m": model.flat_m, "v": model.flat_v}
+        state = {"step": model.step, **state, "crc32": {
+            "model.safetensors": write_model(unfinished, model),
+            "optimizer.safetensors": write_tensors(unfinished / "optimizer.safetensors", moments)}}
+        files = files | {"trainer.json": json.dumps(state, indent=2).encode()}
+        for name, content in files.items():
+            write_file(unfinished / name, content)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in checkpoints(out)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def load_checkpoint(folder, state):
+    """The model of a checkpoint with its moments. Raises UserError if a file is damaged."""
+    for name, crc32 in state["crc32"].items():
+        require(zlib.crc32(np.fromfile(folder / name, np.uint8)) == crc32, f"{folder / name}: its "
+                f"CRC-32 has changed; remove {folder} to resume from the checkpoint before it")
+    model = GPT2.from_pretrained(folder)
+    read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
+    model.step = state["step"]
+    return model
+
+
+def archive(out):
+    """Rename the folder of an earlier run to OUT.1, OUT.2, ..., and say so."""
+    out = Path(out)
+    if (out / "log.csv").exists() or checkpoints(out):
+        number = 1
+        while Path(f"{out}.{number}").exists():
+            number += 1
+        os.replace(out, f"{out}.{number}")
+        print(f"{out} held an earlier run, which is now {out}.{number}", flush=True)
+
+
+def fill_data(function, *args):
+    """Call a function of prepro_tinyshakespeare.py, which gets what is missing in data/."""
+    try:
+        import prepro_tinyshakespeare
+    except ModuleNotFoundError:
+        raise UserError(f"{DATA}/ lacks {' '.join(args)}, and prepro_tinyshakespeare.py, which gets"
+                        " it, is not here; put it beside train_gpt2.py, or name files that you have"
+                        " with --train_bin and --val_bin, or --init_from") from None
+    return getattr(prepro_tinyshakespeare, function)(*args)
+
+
+def find_tokens(args):
+    """(training file, validation file): those given, or those of --data, made if missing."""
+    if args.train_bin:
+        return args.train_bin, args.val_bin
+    paths = [DATA / f"{args.data}_{args.tokenizer}_{split}.bin" for split in ("train", "val")]
+    if all(path.exists() for path in paths):
+        return paths
+    return fill_data("prepare", args.data, args.tokenizer)
+
+
+def find_model(name):
+    """The folder of a model: data/NAME for a size of GPT-2, downloaded if missing; the last
+    checkpoint in the folder of a run; or NAME itself."""
+    if name in MODELS and name != "baby":
+        if not (DATA / name / "model.safetensors").exists():
+            fill_data("download_model", name)
+        return DATA / name
+    return (checkpoints(name) or [Path(name)])[-1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Data parallel training. torchrun starts several processes, on one machine or on several. Each has
+# the whole model and takes its own sequences of every batch. They exchange only the flat array of
+# gradients: an all-reduce gives every process the sum over all. All make the same update with it,
+# so their parameters stay equal. torch is only the transport: it uses NumPy's memory.
+
+class Processes:
+    """The processes of a run, of ranks 0..size-1. Without torchrun there is one, and no network."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -810,189 +1433,364 @@ class Ranks:
         if self.size > 1:
             from torch import distributed, from_numpy
             self.network, self.tensor = distributed, from_numpy
-            self._call(self.network.init_process_group, "gloo")
-            atexit.register(self.network.destroy_process_group)
+            # others wait while rank 0 downloads or validates, however long that takes
+            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            atexit.register(distributed.destroy_process_group)
 
-    def _call(self, function, *args):
+    def own(self, rows):
+        """This process's share of the rows of a batch."""
+        n = len(rows) // self.size
+        return rows[n * self.rank:n * (self.rank + 1)]
+
+    def all_reduce(self, flat):
+        """Replace every process's array by the sum over all processes, the same bits for each."""
+        if self.size == 1:
+            return
         start = time.perf_counter()
         try:
-            function(*args)
+            self.network.all_reduce(self.tensor(flat))
         except RuntimeError as error:
-            raise Refused(f"rank {self.rank}: another process of this run cannot be reached "
-                          f"({files.reason(error):.200}); start all again, with --resume") from None
+            if not re.search("connection|closed|reset by peer|timed out", str(error), re.I):
+                raise
+            raise UserError(f"rank {self.rank} lost the connection to another process, which may "
+                            "say why; start all again with --resume") from None
         self.seconds += time.perf_counter() - start
 
-    def own(self, n, rank=None):
-        """The share of range(n) that this rank has, or another."""
-        rank = self.rank if rank is None else rank
-        return slice(n * rank // self.size, n * (rank + 1) // self.size)
-
-    def add_up(self, flat):
-        """Every rank's array becomes the sum of them all, on each to the bit the same."""
-        if self.size > 1:
-            self._call(self.network.all_reduce, self.tensor(flat))
-
-    def exchange(self, flat):
-        """Every rank's own share of an array goes to all the others."""
-        for rank in range(self.size) if self.size > 1 else ():
-            self._call(self.network.broadcast, self.tensor(flat[self.own(len(flat), rank)]), rank)
 
 # ------------------------------------------------------------------------------------------------
-# Training.
+# Threads. A NumPy operation uses one core, but it releases the GIL (the lock that lets only one
+# thread at a time run Python) while it computes. So a few threads, each calling NumPy on a part of
+# the arrays, use all cores. A block of rows fits into a core's cache, so a formula of eight
+# operations reads memory once, not eight times. How arrays are cut depends on their shapes only and
+# never on the number of threads; therefore the results do not either, bit for bit.
 
-def learning_rate(step, steps, warmup, lr, min_lr):
-    """For step 1..steps: up a line to lr at step `warmup`, then down half a cosine to min_lr."""
-    if step <= warmup:
-        return lr * step / warmup
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+MIN_BLOCK = 1 << 16  # elements; with smaller blocks, threads spend their time waiting for the GIL
 
-def train_step(model, tokens, rng, lr, args, ranks, stop=0):
-    """One step on grad_accum micro-batches: (loss before it, gradient's norm, sum of `stop`)."""
-    numbers, share = np.array([0.0, stop]), 1 / (args.grad_accum * ranks.size)
-    for micro in range(args.grad_accum):
-        batch = tokens.batch(rng, args.batch_size * ranks.size, args.seq_len)
-        ids, targets = (x[ranks.own(len(x))] for x in batch)
-        numbers[0] += share * model.forward(ids, targets)
-        model.backward(share, accumulate=micro > 0)
-    ranks.add_up(numbers)
-    ranks.add_up(model.flat_grads)
-    norm = model.update(lr, args.beta1, args.beta2, weight_decay=args.weight_decay,
-                        grad_clip=args.grad_clip)
-    ranks.exchange(model.flat_params)
-    return float(numbers[0]), norm, numbers[1]
 
-def evaluate(model, tokens, B, T):
-    """The mean loss over all of tokens, in nats per token."""
-    total, count, shown = 0.0, 0, time.monotonic()
-    for ids, targets in tokens.once(B, T):
-        total += model.forward(ids, targets) * ids.size
-        count += ids.size
-        if time.monotonic() - shown > 2:
-            shown = time.monotonic()
-            print(f"validating: {count:,} of {len(tokens):,} tokens", file=sys.stderr)
-    return total / count
+class Pool:
+    """pool(work, items) calls work(item) for every item, on `threads` threads.
 
-def describe(args, model, train, val, ranks):
-    """Prints what is going to be trained."""
-    def amount(*arrays):
-        return f"{sum(x.size for x in arrays):,} ({sum(x.nbytes for x in arrays) / 1e6:,.1f} MB)"
-    model.make_room(args.batch_size, args.seq_len)
-    config, origin = model.config, args.folder or f"{args.model} from scratch"
-    print(f"""\
-model        {origin}: L={config.n_layer} H={config.n_head} C={config.n_embd} \
-V={config.vocab_size} context {config.n_positions}
-parameters   {amount(model.flat_params)}
-gradients    {amount(model.flat_grads, *model.more_grads)}
-moments      {amount(model.flat_m, model.flat_v)} of AdamW
-activations  {amount(model.flat_acts)} for B={args.batch_size} T={args.seq_len}, \
-{args.grad_accum} x per step
-train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
-validate     {len(val):,} in {", ".join(val.paths)}
-threads      {parallel.threads}{f" in each of {ranks.size} processes" * (ranks.size > 1)}""",
-          flush=True)
+    Nested calls run serially, as all threads are busy.
+    """
 
-def begin(args, ranks, tokens):
-    """(model, state) to begin with: new, with the weights of a folder, or where a run was saved."""
-    config = GPTConfig(*(getattr(args, name) for name in GPTConfig.__annotations__))
-    state = {"step": 0, "tokens": tokens, "batch": args.batch_size * ranks.size,
-             "rng": [np.random.default_rng([args.seed, i]).bit_generator.state for i in (1, 2)]}
-    stretch = ranks.own(size(parameter_table(config)))
-    if args.folder is None:
-        return GPT2(config, seed=args.seed, stretch=stretch), state
-    model = GPT2.from_pretrained(args.folder, stretch=stretch)
-    if args.resume:
-        state = files.read_state(args.folder, args.steps, state)
-        model.steps = state["updates"]
-        files.read_moments(args.folder, model.flat_m, model.flat_v, stretch.start)
-    return model, state
+    def __init__(self, threads):
+        self.threads, self.busy, self.executor = threads, False, ThreadPoolExecutor(256)
+        # glibc gives large arrays back to the system when they are freed, and new ones cost a page
+        # fault per 4 KB. Freeing one array this large raises the size from which it does so.
+        np.empty(31 << 20, np.uint8)
 
-def save(args, model, ranks, state):
-    """Writes a checkpoint; returns its folder."""
-    moments = {"m": model.flat_m, "v": model.flat_v}
-    if ranks.size > 1:  # all ranks' stretches are put together for the file
-        for name, own in moments.items():
-            moments[name] = np.empty_like(model.flat_params)
-            moments[name][model.stretch] = own
-            ranks.exchange(moments[name])
-    if ranks.rank == 0:
-        state |= {"updates": model.steps, "args": vars(args)}
-        return files.save_checkpoint(args.out, vars(model.config), model.params, moments, state)
+    def __call__(self, work, items):
+        left = iter(items)  # under the GIL, every item goes to one thread only
 
-def train_loop(args, model, tokenizer, train, val, ranks, state):
-    """All steps; logs, validates, samples and saves on the way and at the end."""
-    batches, samples = np.random.default_rng(), np.random.default_rng()
-    batches.bit_generator.state, samples.bit_generator.state = state["rng"]
-    tokens = state["batch"] * args.seq_len * args.grad_accum
-    flops = 6 * tokens * (model.flat_params.size + args.n_layer * args.n_embd * args.seq_len)
-    log = files.Log(args.out, state["step"], args.steps, tokens, flops) if ranks.rank == 0 else None
-    caught, stop = files.note_signals(), 0
-    for step in range(state["step"] + min(1, args.steps), args.steps + 1):
-        last = step == args.steps
-        if step:
-            start, ranks.seconds = time.perf_counter(), 0.0
-            lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
-            loss, norm, stop = train_step(model, train, batches, lr, args, ranks, sum(caught))
-            if not math.isfinite(loss + norm):
-                raise Refused(f"step {step}: the loss is {loss}, the gradient's norm {norm}; "
-                              f"lower --lr from {args.lr:g}, or lengthen --warmup from "
-                              f"{args.warmup}; what {args.out} has of before stays")
-        if ranks.rank == 0:
-            if step:
-                log.step(step, loss, norm, lr, time.perf_counter() - start, ranks.seconds,
-                         last or step == 1 or step % args.log_every == 0)
-            if last or step % args.eval_every == 0:
-                log.validation(step, evaluate(model, val, args.batch_size, args.seq_len))
-            log.write()
-            if last or step % args.sample_every == 0:
-                print("-" * 80)
-                print_sample(model, tokenizer, args, samples)
-                print("-" * 80, flush=True)
-        if step and (last or stop or step % args.save_every == 0):
-            rng = [batches.bit_generator.state, samples.bit_generator.state]
-            saved = save(args, model, ranks, state | {"step": step, "rng": rng})
-        if stop:
-            print(f"stopped after step {step}, which is saved in {saved}; --resume goes on")
-            sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        def work_through():
+            for item in left:
+                work(item)
+        if self.busy or len(items) < 2:
+            return work_through()
+        self.busy = True
+        helpers = [self.executor.submit(work_through) for _ in items[1:self.threads]]
+        try:
+            work_through()
+        finally:
+            wait(helpers)
+            self.busy = False
+        for helper in helpers:
+            helper.result()  # raises the error that a thread has met
+
+
+def split(n, parts):
+    """range(n) as at most `parts` slices, a power of two: so 2, 4 or 8 threads end together.
+
+    >>> split(5, 3)
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    parts = 1 << int(math.log2(max(1, min(n, parts))))
+    return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+
+
+def run_in_blocks(function, args, cut, summed, heads):
+    """Call function(*args) for blocks of the arguments numbered `cut`; see by_rows."""
+    if heads:  # attention: the work is in its scores
+        (B, H, T, _), S = args[-3].shape, args[-2].shape[2]
+        n = B * H * min(T, 64) * S / MIN_BLOCK
+        blocks = [(b, h) for b in split(B, n) for h in split(H, n / B)]
+    else:
+        blocks = split(len(args[cut[0]]), max(args[i].size for i in cut) / MIN_BLOCK)
+    if len(blocks) == 1:
+        return function(*args)
+    partial = {i: np.zeros((len(blocks), *args[i].shape), args[i].dtype) for i in summed}
+
+    def work(number):
+        own = {i: args[i][blocks[number]] for i in cut} | {i: partial[i][number] for i in summed}
+        function(*(own.get(i, arg) for i, arg in enumerate(args)))
+    parallel(work, range(len(blocks)))
+    for i in summed:
+        np.add(args[i], partial[i].sum(axis=0), out=args[i])
+
+
+def matmul(out, a, b, bias=None, add=False):
+    """out[...] = a @ b + bias, or out += a @ b; a (M,J), b (J,K), bias (K,) or None -> out (M,K).
+
+    Every block reads the other operand whole, so the larger is cut: wide products into columns,
+    tall ones into rows. BLAS is faster on large blocks. So there are few: as many as the square
+    root of the product's size in units of 2^22 multiplications, at most 16, none below 64 wide.
+    """
+    if not out.flags.c_contiguous:  # a transposed view: (a b)^T = b^T a^T is in memory's order
+        out, a, b = out.T, b.T, a.T
+    (M, J), K = a.shape, b.shape[1]
+    n = 1 if parallel.busy else min(16, max(M, K) / 64, math.sqrt(M * J * K / 2**22))
+
+    def work(block):
+        rows, cols = (slice(None), block) if K >= M else (block, slice(None))
+        if add:
+            out[rows, cols] += a[rows] @ b[:, cols]
+        else:
+            np.matmul(a[rows], b[:, cols], out=out[rows, cols])
+        if bias is not None:
+            out[rows, cols] += bias[cols]
+    parallel(work, split(max(M, K), n))
+
+
+def usable_cpus():
+    """The number of processors of this process, by a container's quota and torchrun's share."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for path in "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us":  # versions 2 and 1
+        if Path(path).exists():
+            quota, *period = Path(path).read_text().split()
+            period = period or [Path(path).with_name("cpu.cfs_period_us").read_text()]
+            if quota not in ("max", "-1"):
+                cpus = min(cpus, max(1, int(quota) // int(period[0])))
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+parallel = Pool(usable_cpus())
+if hasattr(os, "register_at_fork"):  # a forked child does not have its parent's threads
+    os.register_at_fork(after_in_child=lambda: parallel.__init__(parallel.threads))
+
 
 # ------------------------------------------------------------------------------------------------
-# The command line. What depends on the model, its shape and how it likes to be trained, is here.
+# The command line.
 
 BABY = dict(n_layer=4, n_head=4, n_embd=128, n_positions=64, tokenizer="byte", batch_size=12,
-            steps=3500, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50)
+            steps=3500, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50, eval_tokens=0)
 GPT2_124M = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, tokenizer="gpt2",
-                 batch_size=4, steps=1000, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1)
+                 batch_size=4, steps=1000, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1,
+                 eval_tokens=8192)
 MODELS = {"baby": BABY, "gpt2": GPT2_124M,
           "gpt2-medium": GPT2_124M | dict(n_layer=24, n_head=16, n_embd=1024),
           "gpt2-large": GPT2_124M | dict(n_layer=36, n_head=20, n_embd=1280),
           "gpt2-xl": GPT2_124M | dict(n_layer=48, n_head=25, n_embd=1600)}
-FINE_TUNING = GPT2_124M | dict(lr=1e-4, min_lr=1e-5)  # for what --init_from gives
+FINE_TUNING = GPT2_124M | dict(lr=1e-4, min_lr=1e-5)  # the preset for --init_from
+HIGHEST = {"n_layer": 10000, "beta1": 0.99999, "beta2": 0.99999, "top_p": 1}
+OPTIONS = [  # titles of groups, and (name, type or choices, lowest value, default, help)
+    "most used: what to train, and for how long",
+    ("model", MODELS, None, "baby", "preset: architecture and hyperparameters"),
+    ("steps", int, 0, None, "training steps; 0 only validates and samples"),
+    ("init_from", str, None, None, "start from the weights in the folder of a model or a run, or "
+     "from OpenAI's: gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+    ("prompt", str, None, None, "text to continue; with --init_from but not --steps, only sample"),
+    ("resume", bool, None, None, "continue the run in --out with its options, except those given"),
+    ("out", str, None, "out", "folder for log.csv and checkpoints"),
+    "data: the tokens to train and validate on",
+    ("data", str, None, "tinyshakespeare", "use data/NAME_TOKENIZER_train.bin and ..._val.bin"),
+    ("train_bin", str, None, None, "train on this token file, or on all that match a pattern"),
+    ("val_bin", str, None, None, "validate on these"),
+    ("tokenizer", Tokenizer.sizes, None, None, "bytes, or GPT-2's 50,257 tokens"),
+    "architecture: the sizes of a new model",
+    ("n_layer", int, 1, None, "L, blocks"), ("n_head", int, 1, None, "H, attention heads"),
+    ("n_embd", int, 1, None, "C, channels"), ("n_positions", int, 1, None, "longest context"),
+    ("vocab_size", int, 1, None, "V, if it is not the tokenizer's"),
+    "training: batches and the optimizer",
+    ("batch_size", int, 1, None, "B, sequences in a micro-batch, shared among all processes"),
+    ("seq_len", int, 1, None, "T, tokens in a sequence: 64, or n_positions if that is less"),
+    ("grad_accum", int, 1, 1, "micro-batches per step"),
+    ("lr", float, 0, None, "highest learning rate"),
+    ("min_lr", float, 0, None, "learning rate at the end"),
+    ("warmup", int, 0, 100, "steps up to the highest learning rate"),
+    ("beta1", float, 0, 0.9, "AdamW: decay of the average gradient, below 1"),
+    ("beta2", float, 0, None, "AdamW: decay of the average squared gradient, below 1"),
+    ("weight_decay", float, 0, 0.1, "decoupled weight decay of matrices"),
+    ("grad_clip", float, 0, 1.0, "maximum global gradient norm (0: no clipping)"),
+    ("seed", int, 0, 1337, "seed of weights, batches and samples"),
+    ("threads", int, 1, None, "threads, if not one per processor"),
+    "evaluation: what happens between steps",
+    ("log_every", int, 1, None, "steps between log lines"),
+    ("eval_every", int, 1, 500, "steps between validations"),
+    ("eval_tokens", int, 0, None, "validate on the first so many tokens (0: all)"),
+    ("sample_every", int, 1, 1000, "steps between samples"),
+    ("save_every", int, 1, 250, "steps between checkpoints, of which two are kept"),
+    "sampling: how text is generated",
+    ("num_samples", int, 1, None, "samples; with --init_from but not --steps, only sample"),
+    ("max_new_tokens", int, 0, 500, "tokens in a sample"),
+    ("temperature", float, 0, 0.8, "below 1 favours likely tokens more; 0 takes the likeliest"),
+    ("top_k", int, 1, None, "draw from the k likeliest tokens"),
+    ("top_p", float, 0, None, "draw from the likeliest tokens that reach this probability")]
+
+
+def parse_arguments(argv):
+    """The options of a run, and the state in which a resumed run was saved (or None).
+
+    What is not given is as in the preset, or as in the run that --resume continues. args.folder is
+    where the weights come from; with args.only_sample, print samples and do nothing else.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train_gpt2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Train GPT-2 in NumPy. Without options, a small model learns Shakespeare.")
+    parser.error = lambda message: require(False, f"{message} (see --help)")
+    args, lowest, folder, state, fixed = {}, {}, None, None, []
+    for option in OPTIONS:
+        if isinstance(option, str):
+            group = parser.add_argument_group(option)
+            continue
+        name, kind, lowest[name], args[name], text = option
+        default = f"{BABY[name]}, or {GPT2_124M[name]} for gpt2" if name in BABY else args[name]
+        reading = {"action": "store_true"} if kind is bool else \
+            {"choices": kind} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
+        text += f" (default: {default})" if default else ""
+        group.add_argument(f"--{name}", help=text, **reading)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        low, high = lowest[name], HIGHEST.get(name, sys.float_info.max)
+        limits = f"from {low} to {high}" if name in HIGHEST else f"at least {low}"
+        require(low is None or low <= value <= high,
+                f"--{name} must be {limits}, not {value!s:.20}")
+    require(("train_bin" in given) == ("val_bin" in given),
+            "--train_bin and --val_bin belong together; give both, or neither")
+    for other in "resume", "model":
+        require(not {"init_from", other} <= given.keys(),
+                f"--init_from and --{other} exclude each other; leave one of them out")
+    args |= MODELS[given.get("model", "baby")]
+    if "resume" in given:
+        out = given.get("out", "out")
+        require(checkpoints(out), f"--resume: {out} has no checkpoint; leave --resume out, or give "
+                "the folder of a run as --out")
+        folder = checkpoints(out)[-1]
+        state = read_json(folder / "trainer.json")
+        require(state.keys() >= {"step", "options", "shards", "rngs", "crc32"},
+                f"{folder / 'trainer.json'}: not complete; remove {folder}")
+        args, fixed = args | state["options"], ["model", "tokenizer"]
+    elif "init_from" in given:
+        folder = find_model(given["init_from"])
+        by_size = {size: name for name, size in Tokenizer.sizes.items()}
+        args |= FINE_TUNING | {"tokenizer": by_size.get(read_config(folder).vocab_size)}
+    if folder:
+        args |= asdict(read_config(folder))
+        fixed += asdict(read_config(folder))
+    for name in fixed:
+        require(given.get(name, args[name]) == args[name], f"--{name} {given.get(name)} does not "
+                f"fit {folder}, which has {args[name]}; leave it out")
+    if "data" in given:
+        args["train_bin"] = args["val_bin"] = None
+    args = argparse.Namespace(**args | given, folder=folder)
+    require(args.tokenizer, f"{folder}: no tokenizer has {args.vocab_size} tokens; give the "
+            "--tokenizer that it was trained with")
+    args.vocab_size = args.vocab_size or Tokenizer.sizes[args.tokenizer]
+    args.seq_len = args.seq_len or min(64, args.n_positions)
+    require(args.seq_len <= args.n_positions, f"--seq_len {args.seq_len} is more than "
+            f"--n_positions {args.n_positions}; lower the one or raise the other")
+    require(not state or args.steps > state["step"],
+            f"--steps {args.steps}: the run has done so many already; give more")
+    args.only_sample = ("init_from" in given and "steps" not in given
+                        and not given.keys().isdisjoint(["prompt", "num_samples"]))
+    return args, state
+
 
 def main():
     """The program."""
-    ranks = Ranks()
-    if ranks.rank > 0:
+    processes = Processes()
+    if processes.rank > 0:  # only rank 0 prints and writes; the others wait while it downloads
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        ranks.add_up(np.zeros(1))  # waits for rank 0, which may have files to fetch
-    args = files.parse_arguments(MODELS, FINE_TUNING)
-    parallel.threads = args.threads or files.usable_cpus()
-    tokenizer = TOKENIZERS[args.tokenizer]()
-    args.vocab_size = args.vocab_size or tokenizer.n_vocab
-    paths = args.only_sample or files.find_tokens(args.data, args.tokenizer, args.train_bin,
-                                                  args.val_bin)
-    if ranks.rank == 0:
-        ranks.add_up(np.zeros(1))
+        processes.all_reduce(np.zeros(1))
+    args, state = parse_arguments(sys.argv[1:])
+    tokenizer, paths = Tokenizer(args.tokenizer), () if args.only_sample else find_tokens(args)
+    if processes.rank == 0:
+        processes.all_reduce(np.zeros(1))
+    parallel.threads = args.threads or usable_cpus()
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss of nan is reported as such
+    config = GPTConfig(*(getattr(args, name) for name in asdict(GPTConfig())))
+    B, rest = divmod(args.batch_size, processes.size)
+    require(rest == 0, f"--batch_size {args.batch_size} cannot be shared equally among "
+            f"{processes.size} processes; give a multiple")
+    shards = state["shards"] if state else choose_shards(config, B, args.seq_len, parallel.threads)
+    require_memory(4 * count(activation_table(config, B, args.seq_len))
+                   + 4 * count(parameter_table(config)) * (1 if args.only_sample else 3 + shards))
+    if args.folder is None:
+        model = GPT2(config, seed=args.seed)
+    else:
+        model = load_checkpoint(args.folder, state) if state else GPT2.from_pretrained(args.folder)
     if args.only_sample:
-        model = GPT2.from_pretrained(args.folder)
-        for number in range(args.num_samples or 1):
-            print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, number]))
+        for i in range(args.num_samples or 1):
+            print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, i]))
         return
     train, val = (Tokens(path, args.vocab_size) for path in paths)
-    model, state = begin(args, ranks, [len(train), len(val)])
-    ranks.add_up(np.zeros(1))  # all have read what rank 0 may now put aside
-    describe(args, model, train, val, ranks)
-    if ranks.rank == 0 and args.steps and not args.resume:
-        files.put_aside(args.out)
-    train_loop(args, model, tokenizer, train, val, ranks, state)
+    args.train_bin, args.val_bin = map(os.path.abspath, paths)  # --resume may be called elsewhere
+    rngs, model.n_shards = [np.random.default_rng([args.seed, i]) for i in (1, 2)], shards
+    for rng, saved in zip(rngs, state["rngs"] if state else ()):
+        rng.bit_generator.state = saved
+    print(f"""\
+model        {args.folder or args.model}: {model.flat_params.size:,} parameters, \
+L={config.n_layer} H={config.n_head} C={config.n_embd} V={config.vocab_size}, context \
+{config.n_positions}
+batch        B={args.batch_size} T={args.seq_len}, {args.grad_accum} per step, in {processes.size} \
+processes x {len(split(B, shards))} shards, on {parallel.threads} threads
+train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
+validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".join(val.paths)}""",
+          flush=True)
+    if args.steps == 0:
+        print(f"val loss {evaluate(model, val, args):.4f}")
+        return print_sample(model, tokenizer, args, rngs[1])
+    files = {path.name: path.read_bytes() for path in (args.folder.iterdir() if args.folder else ())
+             if re.search("token|vocab|merges", path.name)}
+    files = files or tokenizer_files(tokenizer, config.n_positions)
+    processes.all_reduce(np.zeros(1))  # all have read their files, which may be in args.out
+    if processes.rank == 0 and not state:
+        archive(args.out)
+    options = {option[0]: getattr(args, option[0]) for option in OPTIONS if len(option) == 5
+               and option[0] not in ("resume", "out", "threads")}
+
+    def save():
+        if processes.rank == 0:
+            rng_states = [rng.bit_generator.state for rng in rngs]
+            return save_checkpoint(args.out, model, files, {
+                "options": options, "shards": shards, "rngs": rng_states})
+    train_loop(args, model, tokenizer, train, val, processes, rngs, save)
+
+
+def require_memory(n_bytes):
+    """Raise UserError if the system has less memory."""
+    memory = 2**47  # on Windows, where a smaller array than this raises MemoryError
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    require(n_bytes <= memory, f"this model and batch need {n_bytes / 1e9:,.1f} GB of memory, the "
+            f"system has {memory / 1e9:,.1f}; lower --n_layer, --n_embd, --batch_size or --seq_len")
+
+
+def discard_stdout():
+    """Write nothing more to a pipe that nobody reads; returns the exit status of such an end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13  # 13 is SIGPIPE
+
+
+def run_program(main):
+    """Run main(). A mistake that the user can correct prints one line and exits with status 2."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # models write characters that a terminal may not have
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(discard_stdout())
+    except (UserError, OSError, MemoryError) as error:
+        advice = "; check the path, permissions and space left" * isinstance(error, OSError)
+        print(f"{Path(sys.argv[0]).name}: error: {error}{advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
 
 if __name__ == "__main__":
-    files.program("train_gpt2.py", main)
+    sys.modules["train_gpt2"] = sys.modules["__main__"]  # for prepro_tinyshakespeare's imports
+    run_program(main)
