@@ -17,7 +17,16 @@ import time
 import urllib.request
 from pathlib import Path
 
-from train_gpt2 import DATA, Tokenizer, UserError, require, run_program, show_progress, write_tokens
+from train_gpt2 import (
+    DATA,
+    Tokenizer,
+    UserError,
+    require,
+    run_program,
+    say,
+    show_progress,
+    write_tokens,
+)
 
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
             "data/tinyshakespeare/input.txt")
@@ -83,7 +92,7 @@ def download_model(name):
     """Download OpenAI's weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl into data/NAME."""
     for file in "config.json", "model.safetensors":
         if not (DATA / name / file).exists():
-            print(f"downloading {MODEL_URL.format(name, file)}", flush=True)
+            say(f"downloading {MODEL_URL.format(name, file)}")
             download(MODEL_URL.format(name, file), DATA / name / file, "or get it with "
                      f"hf download openai-community/{name} --local-dir {DATA / name}")
 
@@ -115,7 +124,7 @@ def read_text(path):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the text as UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
     require(text, f"{path}: the file is empty; give one with text")
     return text
 
@@ -124,9 +133,9 @@ def write_text(text, name, tokenizer_name):
     """Write the token files of a text; returns their paths (training, validation)."""
     paths = [DATA / f"{name}_{tokenizer_name}_{split}.bin" for split in ("train", "val")]
     for path, ids in zip(paths, tokenize(text, Tokenizer(tokenizer_name))):
-        require(len(ids) > 1, f"{name}: {len(text)} characters are too few to split; give more text")
+        require(len(ids) > 1, f"{name}: {len(text)} characters are too few; give more text")
         write_tokens(path, ids)
-        print(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens", flush=True)
+        say(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens")
     return paths
 
 
@@ -143,13 +152,14 @@ def prepare(name, tokenizer_name):
 
     Raises UserError for any other name: only the user knows where that text is.
     """
-    require(name == "tinyshakespeare", f"{DATA / name}_{tokenizer_name}_train.bin: no such file; make "
-            f"it with python prepro_tinyshakespeare.py --text {name}.txt --tokenizer {tokenizer_name}")
+    require(name == "tinyshakespeare", f"{DATA / name}_{tokenizer_name}_train.bin: no such file; "
+            "make it with python prepro_tinyshakespeare.py "
+            f"--text {name}.txt --tokenizer {tokenizer_name}")
     try:
         text = tinyshakespeare()
     except UserError as error:
         from pydoc_data.topics import topics
-        print(f"{error}; for now, the text is Python's language reference (pydoc_data.topics)")
+        say(f"{error}; for now, the text is Python's language reference (pydoc_data.topics)")
         text, name = "\n\n".join(topics.values()), "pydoc"
     return write_text(text, name, tokenizer_name)
 

@@ -1122,10 +1122,10 @@ def print_sample(model, tokenizer, args, rng):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
 
     def show(token):
-        print(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="", flush=True)
-    print(prompt, end="", flush=True)
+        say(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="")
+    say(prompt, end="")
     generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, rng, show)
-    print(decoder.decode(b"", final=True), flush=True)
+    say(decoder.decode(b"", final=True))
 
 
 def show_progress(text):
@@ -1134,6 +1134,7 @@ def show_progress(text):
         print(f"\r{text:79}\r", end="", file=sys.stderr, flush=True)
 
 
+STOP = []  # what asks the program to stop adds its exit status: signals, and a closed pipe
 COLUMNS = "step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"
 
 
@@ -1146,18 +1147,21 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8", newline="\n")
 
 
-def catch_signals():
-    """A list that gets the exit status at the first SIGINT or SIGTERM; a second stops at once."""
-    caught = []
+def say(text, end="\n"):
+    """Print at once. If nobody reads the output any more, discard it and ask to stop."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        STOP.append(128 + 13)  # 13 is SIGPIPE
 
-    def catch(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(128 + number)
-        os.write(2, b"\nstopping after this step; press again to stop at once\n")
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, catch)
-    return caught
+
+def on_signal(number, frame):
+    """At the first SIGINT or SIGTERM, ask to stop after the step; at the second, stop at once."""
+    if STOP:
+        raise KeyboardInterrupt
+    STOP.append(128 + number)
+    os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
 
 def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
@@ -1165,7 +1169,9 @@ def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
 
     rngs are the random generators of batches and of samples; save() writes a checkpoint.
     """
-    caught, times, width, first = catch_signals(), [], len(str(args.steps)), processes.rank == 0
+    times, width, first = [], len(str(args.steps)), processes.rank == 0
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, on_signal)
     tokens = args.batch_size * args.seq_len * args.grad_accum
     # for each token 6 multiplications or additions per parameter, and 12 C S per block in
     # attention, where a query sees S = T/2 keys on average
@@ -1174,39 +1180,34 @@ def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
     for step in range(model.step + 1, args.steps + 1):
         last, start, processes.seconds, row = step == args.steps, time.perf_counter(), 0.0, {}
         lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
-        loss, norm, stop = train_step(model, train, rngs[0], lr, args, processes, len(caught))
+        loss, norm, stop = train_step(model, train, rngs[0], lr, args, processes, len(STOP))
         require(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, the gradient's norm "
                 f"{norm}; lower --lr {args.lr:g} or raise --warmup {args.warmup}")
         times.append(time.perf_counter() - start)
-        try:
-            if first and (last or step == 1 or step % args.log_every == 0):
-                seconds, times = sum(times) / len(times), []  # on average since the last line
-                row |= dict(loss=round(loss, 6), norm=round(norm, 6), lr=f"{lr:.6e}",
-                            ms=round(1e3 * seconds, 2), tokens_per_second=round(tokens / seconds))
-                left = datetime.timedelta(seconds=round(seconds * (args.steps - step)))
-                network = f" | network {1e3 * processes.seconds:.0f} ms" * (processes.size > 1)
-                print(f"step {step:{width}}/{args.steps} | loss {loss:.4f} | norm {norm:.2f} | "
-                      f"lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {tokens / seconds:5.0f} tok/s | "
-                      f"{flops / seconds / 1e9:3.0f} GFLOP/s | {left} left{network}", flush=True)
-            if first and (last or step % args.eval_every == 0):
-                row["val_loss"] = round(evaluate(model, val, args), 6)
-                print(f"step {step:{width}} | val loss {row['val_loss']:.4f}", flush=True)
-            if first and (last or step % args.sample_every == 0):
-                print("-" * 80)
-                print_sample(model, tokenizer, args, rngs[1])
-                print("-" * 80, flush=True)
-        except BrokenPipeError:  # whoever read our output has ended: save, then stop
-            caught.append(discard_stdout())
+        if first and (last or step == 1 or step % args.log_every == 0):
+            seconds, times = sum(times) / len(times), []  # on average since the last line
+            row |= dict(loss=round(loss, 6), norm=round(norm, 6), lr=f"{lr:.6e}",
+                        ms=round(1e3 * seconds, 2), tokens_per_second=round(tokens / seconds))
+            left = datetime.timedelta(seconds=round(seconds * (args.steps - step)))
+            network = f" | network {1e3 * processes.seconds:.0f} ms" * (processes.size > 1)
+            say(f"step {step:{width}}/{args.steps} | loss {loss:.4f} | norm {norm:.2f} | "
+                f"lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {tokens / seconds:5.0f} tok/s | "
+                f"{flops / seconds / 1e9:3.0f} GFLOP/s | {left} left{network}")
+        if first and (last or step % args.eval_every == 0):
+            row["val_loss"] = round(evaluate(model, val, args), 6)
+            say(f"step {step:{width}} | val loss {row['val_loss']:.4f}")
+        if first and (last or step % args.sample_every == 0):
+            say("-" * 80)
+            print_sample(model, tokenizer, args, rngs[1])
+            say("-" * 80)
         if row:
             row = {"step": step} | row
             print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log, flush=True)
         if last or stop or step % args.save_every == 0:
             folder = save()
         if stop:
-            print(f"stopped after step {step}, saved in {folder}; --resume continues", flush=True)
-            break
-    if stop or caught:
-        sys.exit((caught or [128 + signal.SIGTERM])[0])
+            say(f"stopped after step {step}, saved in {folder}; --resume continues")
+            sys.exit((STOP or [128 + signal.SIGTERM])[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1384,7 +1385,7 @@ def archive(out):
         while Path(f"{out}.{number}").exists():
             number += 1
         os.replace(out, f"{out}.{number}")
-        print(f"{out} held an earlier run, which is now {out}.{number}", flush=True)
+        say(f"{out} held an earlier run, which is now {out}.{number}")
 
 
 def fill_data(function, *args):
@@ -1480,6 +1481,7 @@ class Pool:
         np.empty(31 << 20, np.uint8)
 
     def __call__(self, work, items):
+        """Call work(item) for every item; raises the first error that a call raised."""
         left = iter(items)  # under the GIL, every item goes to one thread only
 
         def work_through():
@@ -1531,9 +1533,10 @@ def run_in_blocks(function, args, cut, summed, heads):
 def matmul(out, a, b, bias=None, add=False):
     """out[...] = a @ b + bias, or out += a @ b; a (M,J), b (J,K), bias (K,) or None -> out (M,K).
 
-    Every block reads the other operand whole, so the larger is cut: wide products into columns,
-    tall ones into rows. BLAS is faster on large blocks. So there are few: as many as the square
-    root of the product's size in units of 2^22 multiplications, at most 16, none below 64 wide.
+    out may be a transposed view, if there is no bias. Every block reads the other operand
+    whole, so the larger is cut: wide products into columns, tall ones into rows. BLAS is faster on
+    large blocks. So there are few: as many as the square root of the product's size in units of
+    2^22 multiplications, at most 16, none below 64 wide.
     """
     if not out.flags.c_contiguous:  # a transposed view: (a b)^T = b^T a^T is in memory's order
         out, a, b = out.T, b.T, a.T
@@ -1557,8 +1560,8 @@ def usable_cpus():
     for path in "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us":  # versions 2 and 1
         if Path(path).exists():
             quota, *period = Path(path).read_text().split()
-            period = period or [Path(path).with_name("cpu.cfs_period_us").read_text()]
             if quota not in ("max", "-1"):
+                period = period or [Path(path).with_name("cpu.cfs_period_us").read_text()]
                 cpus = min(cpus, max(1, int(quota) // int(period[0])))
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -1697,6 +1700,7 @@ def parse_arguments(argv):
 
 def main():
     """The program."""
+    STOP.clear()
     processes = Processes()
     if processes.rank > 0:  # only rank 0 prints and writes; the others wait while it downloads
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -1727,17 +1731,16 @@ def main():
     rngs, model.n_shards = [np.random.default_rng([args.seed, i]) for i in (1, 2)], shards
     for rng, saved in zip(rngs, state["rngs"] if state else ()):
         rng.bit_generator.state = saved
-    print(f"""\
+    say(f"""\
 model        {args.folder or args.model}: {model.flat_params.size:,} parameters, \
 L={config.n_layer} H={config.n_head} C={config.n_embd} V={config.vocab_size}, context \
 {config.n_positions}
 batch        B={args.batch_size} T={args.seq_len}, {args.grad_accum} per step, in {processes.size} \
 processes x {len(split(B, shards))} shards, on {parallel.threads} threads
 train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
-validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".join(val.paths)}""",
-          flush=True)
+validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".join(val.paths)}""")
     if args.steps == 0:
-        print(f"val loss {evaluate(model, val, args):.4f}")
+        say(f"val loss {evaluate(model, val, args):.4f}")
         return print_sample(model, tokenizer, args, rngs[1])
     files = {path.name: path.read_bytes() for path in (args.folder.iterdir() if args.folder else ())
              if re.search("token|vocab|merges", path.name)}
@@ -1765,14 +1768,9 @@ def require_memory(n_bytes):
             f"system has {memory / 1e9:,.1f}; lower --n_layer, --n_embd, --batch_size or --seq_len")
 
 
-def discard_stdout():
-    """Write nothing more to a pipe that nobody reads; returns the exit status of such an end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + 13  # 13 is SIGPIPE
-
-
 def run_program(main):
-    """Run main(). A mistake that the user can correct prints one line and exits with status 2."""
+    """Run main() and exit. A mistake that the user can correct prints one line, with status 2."""
+    status = 0
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # models write characters that a terminal may not have
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -1780,15 +1778,16 @@ def run_program(main):
         try:
             main()
         finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        sys.exit(discard_stdout())
+            say("", end="")  # notices a closed pipe
     except (UserError, OSError, MemoryError) as error:
         advice = "; check the path, permissions and space left" * isinstance(error, OSError)
         print(f"{Path(sys.argv[0]).name}: error: {error}{advice}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
+    except SystemExit as end:
+        status = end.code
+    sys.exit(STOP[0] if STOP else status)
 
 
 if __name__ == "__main__":
