@@ -1437,7 +1437,7 @@ def test_help_has_every_option_and_the_defaults(tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     for text in ["(default: out)", *(f"--{x[0]}" for x in gpt2.OPTIONS if len(x) == 5)]:
         assert text in result.stdout
-    assert "(default: 3500, or 1000 for gpt2)" in " ".join(result.stdout.split())
+    assert "(default: 5000, or 1000 for gpt2)" in " ".join(result.stdout.split())
 
 
 @POSIX

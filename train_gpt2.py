@@ -1574,8 +1574,8 @@ if hasattr(os, "register_at_fork"):  # a forked child does not have its parent's
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
-BABY = dict(n_layer=4, n_head=4, n_embd=128, n_positions=64, tokenizer="byte", batch_size=12,
-            steps=3500, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50, eval_tokens=0)
+BABY = dict(n_layer=3, n_head=4, n_embd=128, n_positions=64, tokenizer="byte", batch_size=12,
+            steps=5000, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50, eval_tokens=0)
 GPT2_124M = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, tokenizer="gpt2",
                  batch_size=4, steps=1000, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1,
                  eval_tokens=8192)
