@@ -1309,6 +1309,8 @@ def write_model(folder, model):
               **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
               "bos_token_id": last, "eos_token_id": last}
     write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    limit = {"max_length": model.config.n_positions}  # for transformers' pipeline
+    write_file(folder / "generation_config.json", json.dumps(limit).encode())
     return write_tensors(folder / "model.safetensors",
                          {f"transformer.{name}": x for name, x in model.params.items()})
 
