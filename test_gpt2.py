@@ -1145,7 +1145,7 @@ def test_a_run_from_a_folder_keeps_that_folders_tokenizer_files(train):
     assert train("--init_from m --steps 1 --train_bin train.bin --val_bin val.bin") == 0
     assert {path.name for path in Path("out/step_000001").iterdir()} == {
         "tokenizer.json", "vocab.json", "merges.txt", "config.json", "model.safetensors",
-        "optimizer.safetensors", "trainer.json"}
+        "generation_config.json", "optimizer.safetensors", "trainer.json"}
     assert Path("out/step_000001/vocab.json").read_bytes() == b"my vocab.json\r\n"
 
 
@@ -1153,8 +1153,8 @@ def checkpoint_is_whole(folder):
     """Assert that a checkpoint has all files, none left over, and the numbers it was saved with."""
     state = gpt2.read_json(folder / "trainer.json")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "merges.txt", "model.safetensors", "optimizer.safetensors",
-        "tokenizer_config.json", "trainer.json", "vocab.json"]
+        "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "optimizer.safetensors", "tokenizer_config.json", "trainer.json", "vocab.json"]
     assert folder.name == f"step_{gpt2.load_checkpoint(folder, state).step:06}"
 
 
@@ -1197,7 +1197,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             assert error.errno == errno.ENOSPC and [*tmp_path.iterdir()] == [before]
             failures += 1
     # config, length and header and tensors of two files, vocab.json, trainer.json
-    assert failures == 1 + 2 + len(model.params) + 2 + 2 + 1 + 1
+    assert failures == 2 + 2 + len(model.params) + 2 + 2 + 1 + 1
     for folder in gpt2.checkpoints(tmp_path):
         gpt2.load_checkpoint(folder, gpt2.read_json(folder / "trainer.json"))
 
