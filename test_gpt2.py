@@ -9,6 +9,7 @@ The first section is the network of train_gpt2.py, in the same order, written wi
 functions and differentiated by autograd. Then come the tests, in the order of train_gpt2.py.
 """
 import argparse
+import contextlib
 import csv
 import doctest
 import errno
@@ -27,7 +28,6 @@ import sys
 import threading
 import time
 import types
-import zlib
 from pathlib import Path
 
 import train_gpt2 as gpt2  # isort: skip # before numpy, whose BLAS it sets to one thread
@@ -79,9 +79,6 @@ def torch_params(model):
     """A model's parameters as separate tensors that autograd follows."""
     return {name: torch.tensor(view).requires_grad_() for name, view in model.params.items()}
 
-
-# ------------------------------------------------------------------------------------------------
-# How numbers are compared.
 
 def error(ours, reference):
     """The largest difference, relative to the largest number in the reference."""
@@ -139,94 +136,86 @@ SMALL = gpt2.GPTConfig(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_hea
 DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers.
+def layers(B=2, T=5, H=3, C=12, K=7, V=17):
+    """{layer: shapes of inputs, output and what is kept; our forward and backward; PyTorch's}.
 
-class Layer:
-    """One layer on random inputs: our two functions and PyTorch's one. All sizes are different."""
-
-    def __init__(self, name, dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
-        N, rng, heads = B * T, np.random.default_rng(0), (B, H, T, C // H)
-        ids = rng.integers(V // 3, size=(B, T))  # many are repeated
-        targets = torch.tensor(ids.ravel())
-        # shapes of the inputs, of the output, of what is kept; forward, backward, PyTorch
-        shapes, out, kept, self._forward, self._backward, self.torch = {
-            "embedding": (
-                dict(wte=(V, C), wpe=(T + 3, C)), (N, C), 0,
-                lambda out, kept, x: gpt2.embedding_forward(out, ids, *x),
-                lambda g, dout, out, kept, x: gpt2.embedding_backward(*g, dout, ids),
-                lambda wte, wpe: (wte[torch.tensor(ids)] + wpe[:T]).flatten(0, 1)),
-            "layernorm": (
-                dict(inp=(N, C), weight=(C,), bias=(C,)), (N, C), (2, N, 1),
-                lambda out, kept, x: gpt2.layernorm_forward(out, *kept, *x),
-                lambda g, dout, out, kept, x: gpt2.layernorm_backward(*g, dout, x[0], *kept, x[1]),
-                lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias)),
-            "linear": (
-                dict(inp=(N, C), weight=(C, K), bias=(K,)), (N, K), 0,
-                lambda out, kept, x: gpt2.linear_forward(out, *x),
-                lambda g, dout, out, kept, x: gpt2.linear_backward(*g, dout, *x[:2]),
-                lambda inp, weight, bias: F.linear(inp, weight.T, bias)),
-            "linear with tied weights": (
-                dict(inp=(N, C), wte=(V, C)), (N, V), 0,
-                lambda out, kept, x: gpt2.linear_forward(out, x[0], x[1].T),
-                lambda g, dout, out, kept, x:
-                    gpt2.linear_backward(g[0], g[1].T, None, dout, x[0], x[1].T),
-                lambda inp, wte: F.linear(inp, wte)),
-            "attention": (
-                dict(q=heads, k=heads, v=heads), heads, (B, H, T, 1),
-                lambda out, kept, x: gpt2.attention_forward(out, kept, *x),
-                lambda g, dout, out, kept, x: gpt2.attention_backward(*g, dout, out, kept, *x),
-                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-            "gelu": (
-                dict(inp=(N, K)), (N, K), 0,
-                lambda out, kept, x: gpt2.gelu_forward(out, *x),
-                lambda g, dout, out, kept, x: gpt2.gelu_backward(*g, dout, *x),
-                lambda inp: F.gelu(inp, approximate="tanh")),
-            "crossentropy": (  # the gradient of every loss is the same number, here 3
-                dict(logits=(N, V)), (N,), (N, 1),
-                lambda out, kept, x: gpt2.crossentropy_forward(out, kept, *x, ids.ravel()),
-                lambda g, dout, out, kept, x:
-                    gpt2.crossentropy_backward(*g, 3.0, kept, *x, ids.ravel()),
-                lambda logits: F.cross_entropy(logits, targets, reduction="none")),
-        }[name]
-        self.x = {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
-        self.out, self.kept = (np.full(shape, np.nan, dtype) for shape in (out, kept))
-        dout = np.full(out, 3) if out == (N,) else rng.standard_normal(out)
-        self.dout = dout.astype(dtype)
-
-    def forward(self):
-        self._forward(self.out, self.kept, [*self.x.values()])
-        return self.out
-
-    def backward(self):
-        """{input: gradient}. Activations' gradients are written, parameters' are added to ones."""
-        added = [name in ("weight", "bias", "wte", "wpe") for name in self.x]
-        g = [np.full_like(x, 1 if add else np.nan) for x, add in zip(self.x.values(), added)]
-        self._backward(g, self.dout, self.out, self.kept, [*self.x.values()])
-        return {name: x - add for name, x, add in zip(self.x, g, added)}
+    All sizes are different. In the lambdas, x are the inputs and g their gradients.
+    """
+    N, S, D, ids = B * T, T + 60, C // H, np.random.default_rng(1).integers(V // 3, size=(B, T))
+    targets, mask = torch.tensor(ids.ravel()), torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    q, cached, attention = (B, H, T, D), (B, H, S, D), F.scaled_dot_product_attention
+    ours = ((B, H, T, D), (B, H, T, 1),
+            lambda out, kept, x: gpt2.attention_forward(out, kept, *x),
+            lambda g, dout, out, kept, x: gpt2.attention_backward(*g, dout, out, kept, *x))
+    return {
+        "embedding": (
+            dict(wte=(V, C), wpe=(T + 3, C)), (N, C), 0,
+            lambda out, kept, x: gpt2.embedding_forward(out, ids, *x),
+            lambda g, dout, out, kept, x: gpt2.embedding_backward(*g, dout, ids),
+            lambda wte, wpe: (wte[torch.tensor(ids)] + wpe[:T]).flatten(0, 1)),
+        "layernorm": (
+            dict(inp=(N, C), weight=(C,), bias=(C,)), (N, C), (2, N, 1),
+            lambda out, kept, x: gpt2.layernorm_forward(out, *kept, *x),
+            lambda g, dout, out, kept, x: gpt2.layernorm_backward(*g, dout, x[0], *kept, x[1]),
+            lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias)),
+        "linear": (
+            dict(inp=(N, C), weight=(C, K), bias=(K,)), (N, K), 0,
+            lambda out, kept, x: gpt2.linear_forward(out, *x),
+            lambda g, dout, out, kept, x: gpt2.linear_backward(*g, dout, *x[:2]),
+            lambda inp, weight, bias: F.linear(inp, weight.T, bias)),
+        "linear with tied weights": (
+            dict(inp=(N, C), wte=(V, C)), (N, V), 0,
+            lambda out, kept, x: gpt2.linear_forward(out, x[0], x[1].T),
+            lambda g, dout, out, kept, x:
+                gpt2.linear_backward(g[0], g[1].T, None, dout, x[0], x[1].T),
+            lambda inp, wte: F.linear(inp, wte)),
+        "attention": (dict(q=q, k=q, v=q), *ours, lambda *x: attention(*x, is_causal=True)),
+        "attention with a cache": (  # the queries are the last T of S positions
+            dict(q=q, k=cached, v=cached), *ours, lambda *x: attention(*x, attn_mask=mask)),
+        "gelu": (
+            dict(inp=(N, K)), (N, K), 0,
+            lambda out, kept, x: gpt2.gelu_forward(out, *x),
+            lambda g, dout, out, kept, x: gpt2.gelu_backward(*g, dout, *x),
+            lambda inp: F.gelu(inp, approximate="tanh")),
+        "crossentropy": (  # the gradient of every loss is the same number, here 3
+            dict(logits=(N, V)), (N,), (N, 1),
+            lambda out, kept, x: gpt2.crossentropy_forward(out, kept, *x, ids.ravel()),
+            lambda g, dout, out, kept, x:
+                gpt2.crossentropy_backward(*g, 3.0, kept, *x, ids.ravel()),
+            lambda logits: F.cross_entropy(logits, targets, reduction="none"))}
 
 
-LAYERS = pytest.mark.parametrize("name", ["embedding", "layernorm", "linear", "attention", "gelu",
-                                          "linear with tied weights", "crossentropy"])
 SIZES = {"small": {}, "T=1": dict(T=1), "three blocks of queries": dict(T=150),
          "several blocks of rows": dict(B=6, T=150, C=192, K=160, V=170)}
 
 
-@LAYERS
+@pytest.mark.parametrize("name", [
+    "embedding", "layernorm", "linear", "linear with tied weights", "attention",
+    "attention with a cache", "gelu", "crossentropy"])
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
 def test_layer_matches_torch(name, dtype, size):
     """Measured: 3e-15 in float64 and 6e-7 in float32."""
-    layer, tolerance = Layer(name, dtype, **SIZES[size]), 3e-14 if dtype == np.float64 else 1e-5
-    x = {name: torch.tensor(array, requires_grad=True) for name, array in layer.x.items()}
-    out = layer.torch(**x)
-    out.backward(torch.tensor(layer.dout))
-    agree({"out": layer.forward()}, {"out": out}, tolerance)
-    ours = layer.backward()
+    shapes, out, kept, forward, backward, reference = layers(**SIZES[size])[name]
+    rng, tolerance = np.random.default_rng(0), 3e-14 if dtype == np.float64 else 1e-5
+    x = {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
+    dout = rng.standard_normal(out).astype(dtype)
+    if name == "crossentropy":
+        dout[:] = 3
+    tensors = {n: torch.tensor(array, requires_grad=True) for n, array in x.items()}
+    expected = reference(*tensors.values())
+    expected.backward(torch.tensor(dout))
+    out, kept = (np.full(shape, np.nan, dtype) for shape in (out, kept))
+    forward(out, kept, [*x.values()])
+    agree({"out": out}, {"out": expected}, tolerance)
+    # gradients of activations are written, those of parameters are added, here to ones
+    before = {n: 1 if n in ("weight", "bias", "wte", "wpe") else np.nan for n in x}
+    grads = {n: np.full_like(array, before[n]) for n, array in x.items()}
+    backward([*grads.values()], dout, out, kept, [*x.values()])
+    grads = {n: array - np.nan_to_num(before[n]) for n, array in grads.items()}
     if name == "attention" and size == "T=1":  # one key: softmax is 1 whatever the score
-        del x["q"], x["k"]
-        assert max(np.abs(ours.pop(name)).max() for name in "qk") < tolerance
-    agree(ours, {name: tensor.grad for name, tensor in x.items()}, tolerance)
+        assert max(np.abs(grads.pop(n)).max() for n in "qk") < tolerance
+    agree(grads, {n: tensors[n].grad for n in grads}, tolerance)
 
 
 @DTYPES
@@ -252,37 +241,14 @@ def test_layers_are_finite_and_right_far_from_zero(dtype):
     np.testing.assert_allclose(slope, x > 0, atol=1e-20)
 
 
-@pytest.mark.parametrize("B, T, S, H, D", [
-    (3, 7, 7, 2, 4), (2, 64, 64, 3, 8), (1, 300, 300, 9, 4), (2, 600, 600, 5, 4), (2, 1, 70, 3, 4),
-    (1, 70, 200, 2, 4)])
-def test_attention_in_blocks_is_attention_with_the_whole_matrix(B, T, S, H, D):
-    """S > T: the queries are the last T of S positions. Measured: 1.4e-15."""
-    rng = np.random.default_rng(1)
-    q, dout = rng.standard_normal((2, B, H, T, D))
-    k, v = rng.standard_normal((2, B, H, S, D))
-    out, lse, (dq, dk, dv) = np.empty_like(q), np.empty((B, H, T, 1)), map(np.empty_like, (q, k, v))
-    gpt2.attention_forward(out, lse, q, k, v)
-    gpt2.attention_backward(dq, dk, dv, dout, out, lse, q, k, v)
-    scores = q @ k.swapaxes(2, 3) / math.sqrt(D) + np.triu(np.full((T, S), -np.inf), 1 + S - T)
-    att = np.exp(scores) / np.exp(scores).sum(axis=3, keepdims=True)
-    datt = dout @ v.swapaxes(2, 3)
-    dscore = att * (datt - (datt * att).sum(axis=3, keepdims=True)) / math.sqrt(D)
-    naive = dict(out=att @ v, dq=dscore @ k, dk=dscore.swapaxes(2, 3) @ q,
-                 dv=att.swapaxes(2, 3) @ dout)
-    agree(dict(out=out, dq=dq, dk=dk, dv=dv), naive, 2e-14)
-
-
 def test_docstrings_have_examples_that_run():
+    """At least one for each layer, adamw, sample and learning_rate."""
     assert doctest.testmod(gpt2).failed == 0
-    examples = {test.name.removeprefix("train_gpt2."): len(test.examples)
-                for test in doctest.DocTestFinder().find(gpt2, "train_gpt2")}
-    for layer in "embedding", "layernorm", "linear", "attention", "gelu", "crossentropy":
-        assert examples[f"{layer}_forward"] + examples[f"{layer}_backward"] > 0, layer
-    assert examples["adamw"] > 0 and examples["sample"] > 0 and examples["learning_rate"] > 0
+    names = {re.sub("train_gpt2.|_(for|back)ward$", "", test.name)
+             for test in doctest.DocTestFinder().find(gpt2, "train_gpt2") if test.examples}
+    assert {"embedding", "layernorm", "linear", "attention", "gelu", "crossentropy", "adamw",
+            "sample", "learning_rate"} <= names
 
-
-# ------------------------------------------------------------------------------------------------
-# Threads, shards, and what importing train_gpt2 does to a process.
 
 @DTYPES
 @pytest.mark.parametrize("M, J, K", [(1, 1, 1), (3, 5, 7), (700, 300, 90), (90, 300, 700),
@@ -305,9 +271,8 @@ def test_matmul_in_blocks_is_one_matmul(M, J, K, transposed, dtype):
 def test_pool_does_every_item_once_hands_errors_on_and_runs_nested_calls_serially():
     pool, done = gpt2.Pool(4), []
     for n in (0, 1, 2, 50):
-        done.clear()
-        pool(done.append, range(n))
-        assert sorted(done) == list(range(n))
+        pool(lambda i: done.append((n, i)), range(n))
+    assert sorted(done) == [(n, i) for n in (0, 1, 2, 50) for i in range(n)]
     with pytest.raises(ZeroDivisionError):
         pool(lambda i: 1 / (i - 7), range(20))
     done.clear()
@@ -319,14 +284,6 @@ def test_pool_does_every_item_once_hands_errors_on_and_runs_nested_calls_seriall
     assert sorted(done) == [(i, j, True) for i in range(4) for j in range(3)] and not pool.busy
     meeting = threading.Barrier(4, timeout=20)  # four items that wait for each other
     pool(lambda i: meeting.wait(), range(4))
-
-
-@pytest.mark.parametrize("n, parts, slices", [(1, 5, 1), (5, 2, 2), (768, 3, 2), (50257, 16, 16),
-                                              (10, 0.1, 1), (7, 7, 4), (12, 4.9, 4)])
-def test_split_covers_everything_once(n, parts, slices):
-    found = gpt2.split(n, parts)
-    assert len(found) == slices and all(s.stop > s.start for s in found)
-    assert [i for s in found for i in range(n)[s]] == list(range(n))
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -393,9 +350,8 @@ def test_importing_sets_numpys_blas_to_one_thread_and_leaves_the_environment_and
 
 
 def test_numpy_imported_first_gets_one_line_on_stderr():
-    found = python("-c", "import numpy, train_gpt2")
-    assert found.returncode == 0 and len(found.stderr.splitlines()) == 1, found
-    assert "BLAS" in found.stderr and "numpy" in found.stderr
+    found = python("-c", "import numpy, train_gpt2").stderr
+    assert re.fullmatch(".*(BLAS.*numpy|numpy.*BLAS).*\n", found), found
     assert python("-c", "import train_gpt2, numpy").stderr == ""
 
 
@@ -429,9 +385,6 @@ def test_a_forked_child_can_train_after_its_parent_has():
     assert found.returncode == 0, found.stderr
 
 
-# ------------------------------------------------------------------------------------------------
-# The model.
-
 CONFIGS = {  # config, B, T, shards
     "small": (SMALL, 2, 5, 1),
     "one token": (SMALL, 3, 1, 1),
@@ -459,45 +412,20 @@ def test_shapes_and_shards_may_change_from_call_to_call():
         assert len(model.shards) == min(B, model.n_shards)
 
 
-def test_a_batch_in_shards_has_the_gradient_of_its_sequences_and_backward_adds():
-    """Every sequence by itself, with another dloss, twice. Measured: 1e-15."""
-    config, B, T, shards = CONFIGS["several shards"]
-    whole, single = perturbed(config), perturbed(config)
-    whole.n_shards, losses = shards, []
-    ids, targets = random_ids(config, B, T)
-    for _ in range(2):
-        loss = whole.forward(ids, targets)
-        logits = whole.logits()
-        whole.backward()
-    for b in range(B):
-        losses.append(single.forward(ids[b:b + 1], targets[b:b + 1]))
-        agree({"logits": logits[b]}, {"logits": single.logits()[0]}, 1e-14)
-        single.backward(2 / B)
-    assert abs(np.mean(losses) - loss) < 1e-13
-    agree(whole.grads, single.grads, 1e-14)
-
-
 def test_logits_and_losses_without_a_backward_pass_are_the_same_and_stay():
     """What forward(ids) returns is not overwritten by later calls."""
     model, (ids, targets) = perturbed(SMALL), random_ids(SMALL, 2, 5)
     first = model.forward(ids)
-    kept = first.copy()
-    second = model.forward(targets)
-    loss = model.forward(ids, targets)
+    kept, second, loss = first.copy(), model.forward(targets), model.forward(ids, targets)
     third = model.logits()
     model.backward()
     assert (first == kept).all() and (third == first).all() and (second != first).any()
     assert model.forward(ids, targets, for_backward=False) == loss
-    config = gpt2.GPTConfig(vocab_size=257)
-    room = [gpt2.count(gpt2.activation_table(config, 1, 9, way)) for way in (False, True)]
-    assert room[0] < room[1] / 4, "without a backward pass, blocks share their activations"
 
 
 def test_backward_needs_a_forward_with_targets_each_time():
     model, (ids, targets) = gpt2.GPT2(SMALL), random_ids(SMALL, 2, 5)
-
-    def nothing(): pass
-    for between in (nothing, lambda: model.forward(ids), lambda: gpt2.generate(model, ids, 1),
+    for between in (lambda: None, lambda: model.forward(ids), lambda: gpt2.generate(model, ids, 1),
                     lambda: model.forward(ids, targets, for_backward=False), model.backward):
         between()
         model.flat_grads[:] = 0
@@ -505,8 +433,6 @@ def test_backward_needs_a_forward_with_targets_each_time():
             model.backward()
         assert not model.flat_grads.any()
         model.forward(ids, targets)
-    found = python("-O", "-c", "from train_gpt2 import *; GPT2(GPTConfig(5, 4, 12)).backward()")
-    assert "UserError" in found.stderr, "it must not be an assertion"
 
 
 def test_initialisation_is_gpt2s():
@@ -540,15 +466,6 @@ def test_ids_that_do_not_fit_raise_a_value_error(ids, targets, message):
         gpt2.GPT2(SMALL).forward(ids, targets)
     assert isinstance(found.value, ValueError)
 
-
-def test_configs_that_make_no_network_raise_a_value_error():
-    for change, message in (("n_head", 5), "n_head 5"), (("n_layer", 0), "n_layer is 0"):
-        with pytest.raises(gpt2.UserError, match=message):
-            gpt2.GPTConfig(**dict([change]))
-
-
-# ------------------------------------------------------------------------------------------------
-# The optimizer and the learning rate.
 
 @pytest.mark.parametrize("decay, clip", [(0.1, 1.0), (0.0, 0.0), (0.5, 0.3)])
 def test_adamw_matches_torch(decay, clip):
@@ -588,16 +505,6 @@ def test_ten_steps_of_training_follow_torch():
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert ours[-1] < ours[0] - 0.3
 
-
-def test_learning_rate_at_its_corners():
-    """The docstring's example has the rest."""
-    assert gpt2.learning_rate(1, 10, 0, 1e-3, 1e-4) < 1e-3, "without a warm-up"
-    assert gpt2.learning_rate(5, 5, 5, 1e-3, 1e-4) == 1e-3, "a warm-up as long as the run"
-    assert gpt2.learning_rate(5, 5, 100, 1e-3, 1e-4) == pytest.approx(5e-5), "a longer one"
-
-
-# ------------------------------------------------------------------------------------------------
-# The sampler.
 
 def test_greedy_generation_takes_the_likeliest_token():
     model, columns, ids = perturbed(SMALL), [], np.array([[3, 1], [4, 1]])
@@ -652,9 +559,6 @@ def test_samples_come_as_often_as_their_probabilities_say(options, expected):
     limit = 5 * np.sqrt(expected * (1 - expected) / 40000) + 1e-12
     assert (np.abs(counts / 40000 - expected) <= limit).all()
 
-
-# ------------------------------------------------------------------------------------------------
-# Tokens.
 
 def real_text():
     """Tinyshakespeare from data/; tests do not download it."""
@@ -787,17 +691,6 @@ def test_validation_predicts_every_token_once_up_to_the_limit(tmp_path, B, T, li
     assert seen == [*range(1, 20), *range(101, 109)][:limit]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder" / "f"
-    assert gpt2.write_file(path, b"old", b"er") == zlib.crc32(b"older")
-    with pytest.raises(TypeError):
-        gpt2.write_file(path, b"new", None)
-    assert path.read_bytes() == b"older" and os.listdir(path.parent) == ["f"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Training.
-
 def words(*arguments):
     """A command line from words, numbers, and strings of several words."""
     return " ".join(map(str, arguments)).split()
@@ -903,15 +796,15 @@ def test_validation_loss_is_the_mean_over_the_first_eval_tokens(tmp_path, monkey
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_one_rewritten_line_on_a_terminal_and_nothing_elsewhere(
+def test_progress_is_one_line_on_a_terminal_and_stdout_needs_no_reconfigure(
         train, monkeypatch, terminal):
-    said = []
-    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(
-        write=said.append, flush=lambda: None, isatty=lambda: terminal))
-    assert train(TINY, "--steps 1 --max_new_tokens 0") == 0
-    said = "".join(said)
-    assert ("\rvalidation: 199 of 199 tokens" in said) == bool(said) == terminal
-    assert "\n" not in said
+    out, err = [], []
+    for name, said in ("stdout", out), ("stderr", err):
+        monkeypatch.setattr(sys, name, types.SimpleNamespace(
+            write=said.append, flush=lambda: None, isatty=lambda: terminal))
+    assert train(TINY, "--steps 1 --max_new_tokens 0") == 0 and "step 1/1 | loss" in "".join(out)
+    err = "".join(err)
+    assert ("\rvalidation: 199 of 199 tokens" in err) == bool(err) == terminal and "\n" not in err
 
 
 def test_the_log_has_the_loss_before_each_step_and_the_validation_loss_after_it(train, capsys):
@@ -960,9 +853,6 @@ def test_the_printed_time_and_throughput_are_the_clocks(train, monkeypatch, caps
                 f"{flops / seconds / 1e9:3.0f} GFLOP/s | {left.removeprefix('0')} left\n") in said
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints and weights.
-
 def saved_model(folder, config=SMALL, dtype=np.float32):
     """A perturbed model, saved in a folder."""
     model = perturbed(config, dtype)
@@ -998,47 +888,47 @@ def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path, dtype):
     again = gpt2.GPT2.from_pretrained(tmp_path, dtype)
     assert again.config == SMALL and again.flat_params.tobytes() == model.flat_params.tobytes()
     index, numbers = tensors_of(tmp_path / "model.safetensors")
-    assert index.pop("__metadata__") == {"format": "pt"} and len(index) == len(model.params)
-    assert (len((tmp_path / "model.safetensors").read_bytes()) - len(numbers)) % 8 == 0
-    for name, x in model.params.items():
-        entry = index[f"transformer.{name}"]
-        start, stop = entry["data_offsets"]
-        assert entry["shape"] == list(x.shape) and numbers[start:stop] == x.tobytes()
+    assert index.pop("__metadata__") == {"format": "pt"}
+    assert {*index} == {f"transformer.{name}" for name in model.params}
+    assert ((tmp_path / "model.safetensors").stat().st_size - len(numbers)) % 8 == 0
 
 
 def test_files_in_the_wild_are_read(tmp_path):
     """No prefix, a stored lm_head, old causal masks, and half precision."""
     model = saved_model(tmp_path)
-    path, wte = tmp_path / "model.safetensors", model.params["wte.weight"]
-    mask = {"h.0.attn.bias": ("BOOL", (1, 1, 8, 8), bytes(64)),
-            "h.1.attn.masked_bias": ("F32", (), bytes(4))}
-    head = {"lm_head.weight": ("F32", wte.shape, wte.tobytes())}
-    write_raw(path, mask | entries_of(model) | head)
-    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == model.flat_params).all()
-    half = {n: x.astype("<f2") for n, x in model.params.items()}
-    write_raw(path, {n: ("F16", x.shape, x.tobytes()) for n, x in half.items()})
-    expected = model.flat_params.astype(np.float16)
-    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == expected).all()
-    upper = {n: (x.view(np.uint32) >> 16).astype("<u2") for n, x in model.params.items()}
-    write_raw(path, {n: ("BF16", x.shape, x.tobytes()) for n, x in upper.items()})
-    expected = (model.flat_params.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == expected).all()
+    path, wte, flat = tmp_path / "model.safetensors", model.params["wte.weight"], model.flat_params
+    others = {"h.0.attn.bias": ("BOOL", (1, 1, 8, 8), bytes(64)),
+              "h.1.attn.masked_bias": ("F32", (), bytes(4)),
+              "lm_head.weight": ("F32", wte.shape, wte.tobytes())}
+    write_raw(path, others | entries_of(model))
+    assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == flat).all()
+    for dtype, convert, expected in [
+            ("F16", lambda x: x.astype("<f2"), flat.astype(np.float16)),
+            ("BF16", lambda x: (x.view(np.uint32) >> 16).astype("<u2"),
+             (flat.view(np.uint32) & 0xFFFF0000).view(np.float32))]:
+        write_raw(path, {n: (dtype, x.shape, convert(x).tobytes())
+                         for n, x in model.params.items()})
+        assert (gpt2.GPT2.from_pretrained(tmp_path).flat_params == expected).all()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_inner": None, "other": 1}))
     assert gpt2.read_config(tmp_path) == SMALL
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda e: e.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
-    (lambda e: e.update({"extra": ("F32", (1,), bytes(4))}), "extra is unknown"),
-    (lambda e: e.update({"ln_f.bias": ("F32", (6, 2), bytes(48))}), r"ln_f.bias is F32 \(6, 2\)"),
-    (lambda e: e.update({"ln_f.bias": ("I8", (12,), bytes(12))}), r"ln_f.bias is I8"),
-    (lambda e: e.update({"transformer.ln_f.bias": e["ln_f.bias"]}), "occurs with and without"),
-    (lambda e: e.update({"lm_head.weight": ("F32", (17, 12), bytes(17 * 48))}),
-     "lm_head.weight differs from wte")])
-def test_weights_that_do_not_fit_are_errors_by_name(tmp_path, change, message):
-    entries = entries_of(saved_model(tmp_path))
-    change(entries)
+@pytest.mark.parametrize("name, entry, message", [
+    ("h.1.mlp.c_fc.bias", None, "h.1.mlp.c_fc.bias is missing"),
+    ("extra", ("F32", (1,), bytes(4)), "extra is unknown"),
+    ("ln_f.bias", ("F32", (6, 2), bytes(48)), r"ln_f.bias is F32 \(6, 2\)"),
+    ("ln_f.bias", ("I8", (12,), bytes(12)), "ln_f.bias is I8"),
+    ("ln_f.bias", ("F31", (48,), bytes(48)), "ln_f.bias is F31"),
+    ("ln_f.bias", ("F32", (17,), bytes(48)), "ln_f.bias cannot be F32 .17. at"),
+    ("ln_f.bias", ("F32", (-16,), bytes(48)), "ln_f.bias cannot be F32 .-16. at"),
+    ("ln_f.bias", ("F32", (12.0,), bytes(48)), "ln_f.bias cannot be F32"),
+    ("transformer.ln_f.bias", ("F32", (12,), bytes(48)), "occurs with and without"),
+    ("lm_head.weight", ("F32", (17, 12), bytes(17 * 48)), "lm_head.weight differs from wte")])
+def test_weights_that_do_not_fit_are_errors_by_name(tmp_path, name, entry, message):
+    entries = entries_of(saved_model(tmp_path)) | {name: entry}
+    if entry is None:
+        del entries[name]
     write_raw(tmp_path / "model.safetensors", entries)
     with pytest.raises(gpt2.UserError, match=f"model.safetensors: .*{message}"):
         gpt2.GPT2.from_pretrained(tmp_path)
@@ -1121,23 +1011,6 @@ def test_a_checkpoint_opens_in_transformers_with_its_tokenizer(tmp_path, tokeniz
     assert said == tokenizer.decode(ours)
 
 
-@BOTH
-def test_tokenizer_files_have_the_content_of_gpt2s(tokenizer):
-    """The merges of GPT-2 are compared with the SHA-256 of OpenAI's vocab.bpe."""
-    files = gpt2.tokenizer_files(tokenizer, 99)
-    vocab, config = (json.loads(files[name]) for name in ("vocab.json", "tokenizer_config.json"))
-    assert sorted(vocab.values()) == [*range(tokenizer.n_vocab)]
-    assert vocab["<|endoftext|>"] == tokenizer.eot_token
-    assert config["tokenizer_class"] == "GPT2Tokenizer" and config["model_max_length"] == 99
-    if tokenizer.name == "byte":
-        assert [vocab[x] for x in "A~¡ÿĀĠĊŃ"] == [65, 126, 161, 255, 0, 32, 10, 173]
-        assert files["merges.txt"] == b"#version: 0.2\n"
-    else:
-        assert (vocab["!"], vocab["Ġthe"], vocab["Ċ"]) == (0, 262, 198)
-        assert hashlib.sha256(files["merges.txt"]).hexdigest() == (
-            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
-
-
 def test_a_run_from_a_folder_keeps_that_folders_tokenizer_files(train):
     saved_model("m", TINY_CONFIG)
     for name in "tokenizer.json", "vocab.json", "merges.txt", "readme":
@@ -1202,9 +1075,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         gpt2.load_checkpoint(folder, gpt2.read_json(folder / "trainer.json"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs that stop, resume and fail.
-
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals and pipes")
 RARELY = "--eval_every 1000 --sample_every 1000"
 
@@ -1268,13 +1138,6 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_checkpoint(train):
     assert result_of("killed", 300) == result_of("whole", 300)
     assert [path.name for path in sorted(Path("killed").glob("step_*"))] == ["step_000299",
                                                                              "step_000300"]
-
-
-def test_nothing_of_an_unfinished_save_gets_into_a_checkpoint(train):
-    Path("out/step_000002.tmp").mkdir(parents=True)
-    Path("out/step_000002.tmp/model.safetensors.123.tmp").write_bytes(b"half")
-    assert train(TINY, "--steps 2") == 0
-    checkpoint_is_whole(Path("out/step_000002"))
 
 
 def test_what_is_given_with_resume_wins_and_the_rest_is_as_saved(train, capsys):
@@ -1343,10 +1206,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(train, c
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3, 100])
-def test_a_warm_up_may_be_as_long_as_the_run(train, warmup):
-    assert train(TINY, "--steps 3 --lr 0.5 --min_lr 0.5 --warmup", warmup) == 0
-    assert [float(row["lr"]) for row in rows("out")] == pytest.approx(
-        [0.5 * min(1, step / max(1, warmup)) for step in (1, 2, 3)])
+def test_a_warm_up_may_be_as_long_as_the_run(warmup):
+    found = [gpt2.learning_rate(step, 3, warmup, 0.5, 0.5) for step in (1, 2, 3)]
+    assert found == pytest.approx([0.5 * min(1, step / max(1, warmup)) for step in (1, 2, 3)])
 
 
 def test_init_from_samples_or_trains_on(train, capsys):
@@ -1390,9 +1252,6 @@ def test_a_character_in_two_tokens_is_not_broken(monkeypatch, capsys):
     gpt2.print_sample(perturbed(SMALL), gpt2.Tokenizer("byte"), args, None)
     assert capsys.readouterr().out == "Ohé!\ufffd\n"
 
-
-# ------------------------------------------------------------------------------------------------
-# The command line.
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -1451,12 +1310,6 @@ def test_a_closed_pipe_ends_a_program_quietly(tmp_path, program, arguments):
     result = run(program, arguments, cwd=tmp_path, stdout=writing)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, "")
-
-
-def test_a_stdout_without_reconfigure_works(train, monkeypatch):
-    said = []
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=said.append, flush=lambda: None))
-    assert train(TINY, "--steps 1") == 0 and "step 1/1 | loss" in "".join(said)
 
 
 def test_alone_in_a_folder_it_trains_resumes_and_samples(tmp_path):
@@ -1523,21 +1376,6 @@ def weights(change):
     return spoil("model.safetensors", change)
 
 
-def entry(**changes):
-    """One entry of the weights' header, changed."""
-    def change(data):
-        length = int.from_bytes(data[:8], "little")
-        index = json.loads(data[8:8 + length])
-        index["transformer.ln_f.bias"] |= changes
-        text = json.dumps(index).encode()
-        return len(text).to_bytes(8, "little") + text + data[8 + length:]
-    return weights(change)
-
-
-def tokens(*args):
-    return lambda: write(Path("bad.bin"), *args)
-
-
 FROM_M, BAD = "--init_from m --prompt x", "--train_bin bad.bin --val_bin val.bin --steps 1"
 BAD_INPUT = [  # the command line, what the message says, what has to be there
     *[(f"--{x[0]} {x[2] - 1}", f"--{x[0]} must be (at least|from) {x[2]}.*, not {x[2] - 1}", None)
@@ -1569,13 +1407,6 @@ BAD_INPUT = [  # the command line, what the message says, what has to be there
     (FROM_M, "model.safetensors: not a safetensors file", weights(lambda data: b"")),
     (FROM_M, "model.safetensors: not a safetensors", weights(lambda data: b"\xff" * 8 + data[8:])),
     (FROM_M, "its tensors have .* bytes, it holds", weights(lambda data: data + b"1234")),
-    (FROM_M, "ln_f.bias is F31", entry(dtype="F31", shape=[64])),
-    (FROM_M, "ln_f.bias cannot be F32 .17. at", entry(shape=[17])),
-    (FROM_M, "ln_f.bias cannot be F32 .-16. at", entry(shape=[-16])),
-    (FROM_M, "not a safetensors file", entry(data_offsets=[0])),
-    (FROM_M, "cannot be F32", entry(shape=[16.0])),
-    (BAD, "bad.bin: no 65 tokens in a row; lower --seq_len 64", tokens()),
-    (BAD, "bad.bin: id 300 is outside", tokens((20240520, 1, 70), [300] * 70)),
     (BAD, "bad.bin: not a token file", lambda: Path("bad.bin").write_bytes(b"12")),
     (BAD, "bad.bin.*check the path", lambda: Path("bad.bin").mkdir()),
     (f"--n_embd 1000000000000 --n_head 1 {FILES}",
@@ -1600,19 +1431,6 @@ def test_bad_input_gets_one_line_and_status_2_and_loses_nothing(
     assert "step 1/" not in said.out
     assert before <= {path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
-
-def test_memory_is_counted_with_one_gradient_array_for_each_shard(train, monkeypatch):
-    counted = []
-    monkeypatch.setattr(gpt2, "require_memory", counted.append)
-    monkeypatch.setattr(gpt2, "choose_shards", lambda *args: 3)
-    assert train(TINY, "--steps 1") == 0
-    activations, parameters = (gpt2.count(table) for table in (
-        gpt2.activation_table(TINY_CONFIG, 6, 16), gpt2.parameter_table(TINY_CONFIG)))
-    assert counted == [4 * (activations + 6 * parameters)]
-
-
-# ------------------------------------------------------------------------------------------------
-# Downloads, from a server on this machine.
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -1828,36 +1646,19 @@ def test_only_a_lost_connection_is_called_one_and_processes_wait_for_days(monkey
         processes.all_reduce("unsupported dtype")
 
 
-# ------------------------------------------------------------------------------------------------
-# The checker itself.
-
-@pytest.mark.parametrize("name, i", [
-    ("embedding", 0), ("embedding", 1), ("layernorm", 0), ("layernorm", 1), ("layernorm", 2),
-    ("linear", 0), ("linear", 1), ("linear", 2), ("attention", 0), ("attention", 1),
-    ("attention", 2), ("gelu", 0), ("crossentropy", 0)])
-def test_a_corrupted_backward_is_noticed(name, i, monkeypatch):
-    """One result of one backward function is 0.1% too large: the comparison must fail."""
+@pytest.mark.parametrize("name", ["embedding", "layernorm", "linear", "attention", "gelu",
+                                  "crossentropy"])
+def test_a_backward_that_is_off_is_noticed(name, monkeypatch):
+    """Its first result is 0.1% too large, or 0.1% is added once more: the comparison must fail."""
     function, batch = getattr(gpt2, f"{name}_backward"), random_ids(SMALL, 2, 5)
-    added = name == "embedding" or name in ("layernorm", "linear") and i > 0
 
-    def corrupted(*args):
-        before = args[i].copy() if added and args[i] is not None else 0
-        function(*args)
-        if args[i] is not None:  # the last layer has no bias
-            args[i][...] += 0.001 * (args[i] - before)
+    def corrupted(first, *args):
+        function(first, *args)
+        first *= 1.001
     gradients_agree(perturbed(SMALL), *batch, 1e-12)
     monkeypatch.setattr(gpt2, f"{name}_backward", corrupted)
     with pytest.raises(AssertionError, match="off by more than"):
         gradients_agree(perturbed(SMALL), *batch, 1e-4)
-
-
-def test_the_checker_refuses_an_empty_comparison():
-    with pytest.raises(AssertionError, match="all zero"):
-        error(np.zeros(3), np.zeros(3))
-    with pytest.raises(AssertionError, match="not finite"):
-        error(np.array([1, np.nan]), np.ones(2))
-    with pytest.raises(AssertionError):
-        agree({}, {"missing": np.ones(2)}, 1)
 
 
 def test_the_table_has_status_1_if_a_gradient_is_off(tmp_path, monkeypatch, capsys):
@@ -1913,7 +1714,6 @@ BENCH = {  # L, H, C, V, B, T, steps in a turn
     "baby": (4, 4, 128, 257, 12, 64, 40), "baby384": (6, 6, 384, 257, 16, 256, 2),
     "124M": (12, 12, 768, 50257, 4, 64, 2), "124M-long": (12, 12, 768, 50257, 1, 1024, 1),
     "long": (4, 4, 128, 257, 1, 1024, 20)}
-LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0  # all but LR: defaults of update()
 
 
 def our_trainer(model):
@@ -1921,24 +1721,24 @@ def our_trainer(model):
     def step(ids, targets):
         loss = model.forward(ids, targets)
         model.backward()
-        model.update(LR)
+        model.update(1e-3)
         return loss
     return step
 
 
 def torch_trainer(model, compiled):
-    """The same step with the fastest that PyTorch has for a CPU."""
+    """The same step, with update()'s defaults and the fastest that PyTorch has for a CPU."""
     config, p = model.config, torch_params(model)
     optimizer = torch.optim.AdamW(
         [{"params": [x for x in p.values() if x.ndim == n], "weight_decay": decay}
-         for n, decay in ((2, DECAY), (1, 0))], lr=LR, betas=BETAS, fused=True)
+         for n, decay in ((2, 0.1), (1, 0))], lr=1e-3, betas=(0.9, 0.95), fused=True)
     network = torch.compile(torch_gpt2) if compiled else torch_gpt2
 
     def step(ids, targets):
         optimizer.zero_grad(set_to_none=True)
         loss = network(p, config, torch.tensor(ids), torch.tensor(targets))[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(p.values(), CLIP)
+        torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
         optimizer.step()
         return loss.item()
     return step
@@ -1974,10 +1774,11 @@ def keep_only_products():
     gpt2.linear_backward = lambda dinp, dw, db, *rest: linear_backward(dinp, dw, None, *rest)
 
 
-def time_each_layer(model, step, batch):
+def time_each_layer(model, step):
     """{layer: its share of our step}. Time that shards spend side by side counts once."""
     kinds = "linear", "attention", "layernorm", "gelu", "crossentropy", "embedding", "adamw"
-    took, others = [], {"add_squares": "adamw", "move": "adamw"}
+    took, others = dict.fromkeys(kinds, 0), {"add_squares": "adamw", "move": "adamw"}
+    lock = threading.Lock()
     for name, function in vars(gpt2).copy().items():
         kind = others.get(name, re.sub("_(for|back)ward$", "", name))
         if kind in kinds and callable(function):
@@ -1985,13 +1786,14 @@ def time_each_layer(model, step, batch):
                 width = min(gpt2.parallel.threads, len(model.shards)) if gpt2.parallel.busy else 1
                 start = time.perf_counter()
                 function(*args)
-                took.append((kind, (time.perf_counter() - start) / width))
+                with lock:
+                    took[kind] += (time.perf_counter() - start) / width
             setattr(gpt2, name, timed)
     start = time.perf_counter()
     for _ in range(3):
-        step(*batch())
+        step()
     total = time.perf_counter() - start
-    return {kind: sum(seconds for k, seconds in took if k == kind) / total for kind in kinds}
+    return {kind: seconds / total for kind, seconds in took.items()}
 
 
 def bench_worker(which, shape, threads):
@@ -2000,39 +1802,27 @@ def bench_worker(which, shape, threads):
     model = gpt2.GPT2(gpt2.GPTConfig(V, T, C, L, H))
     gpt2.parallel.threads, model.n_shards = threads, gpt2.choose_shards(model.config, B, T, threads)
     rng, losses = np.random.default_rng(0), []
-
-    def batch():
-        return rng.integers(V, size=(2, B, T))
-    if which == "floor":
-        keep_only_products()
-
-        def step(ids, targets):
-            model.forward(ids, targets)
-            model.backward()
-    elif which == "ours":
+    if which in ("ours", "floor"):
         step = our_trainer(model)
+        if which == "floor":
+            keep_only_products()
+            model.update = lambda lr: None
     else:
         torch.set_num_threads(threads)
         step, model = torch_trainer(model, which == "compiled"), None  # its parameters are copied
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
-            ids, targets = batch()
+            batch = rng.integers(V, size=(2, B, T))
             start = time.perf_counter()
-            losses.append(step(ids, targets))
+            losses.append(step(*batch))
             times.append(1e3 * (time.perf_counter() - start))
-        answer = {"ms": times, "loss": losses[-1], "peak": peak_memory()}
+        status = Path("/proc/self/status")  # Linux; getrusage's maximum includes the parent's
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1] if status.exists() else "nan"
+        answer = {"ms": times, "loss": losses[-1], "peak": float(peak) / 1e3}
         if not times and which == "ours":
-            answer["shares"] = time_each_layer(model, step, batch)
+            answer["shares"] = time_each_layer(model, lambda: step(*batch))
         print(json.dumps(answer), flush=True)
-
-
-def peak_memory():
-    """The most memory this process has had, in MB; nan where the system does not say."""
-    status = Path("/proc/self/status")  # Linux; what getrusage says there includes the parent
-    if not status.exists():
-        return math.nan
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1e3
 
 
 def bench_one(name, shape, in_turn, args):
@@ -2042,17 +1832,19 @@ def bench_one(name, shape, in_turn, args):
          "--threads", str(args.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for which in ("ours", "compiled" if args.compile else "torch", "floor")]
 
-    def ask(worker, steps):
-        print(steps, file=worker.stdin, flush=True)
-        return json.loads(worker.stdout.readline())
-    for worker in workers:
-        ask(worker, 3)  # warms up
+    def ask(steps, asked=workers):
+        answers = []
+        for worker in asked:
+            print(steps, file=worker.stdin, flush=True)
+            answers.append(json.loads(worker.stdout.readline()))
+        return answers
+    ask(3)  # warms up
     answers = []
     for turn in range(args.turns):
         gpt2.show_progress(f"{name}: turn {turn + 1} of {args.turns}")
-        answers.append([ask(worker, in_turn) for worker in workers])
+        answers.append(ask(in_turn))
     gpt2.show_progress("")
-    shares = ask(workers[0], 0)["shares"] | {"the rest": 0}
+    shares = ask(0, workers[:1])[0]["shares"]
     shares["the rest"] = 1 - sum(shares.values())
     for worker in workers:
         worker.communicate()
@@ -2071,13 +1863,11 @@ def bench_one(name, shape, in_turn, args):
 def machine():
     """Processor, versions, and NumPy's BLAS kernel if threadpoolctl can tell."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", info)
-    try:
+    name, blas = re.search(r"model name\s*: (.*)", info), []
+    with contextlib.suppress(ImportError):
         from threadpoolctl import threadpool_info
         blas = [f"{x['internal_api']} {x['version']} {x.get('architecture')}"
                 for x in threadpool_info() if x["user_api"] == "blas" and "numpy" in x["filepath"]]
-    except ImportError:
-        blas = []
     return ", ".join([name[1] if name else platform.processor() or platform.machine(),
                       f"numpy {np.__version__}", *blas, f"torch {torch.__version__}"])
 
@@ -2087,16 +1877,15 @@ def bench(args):
     print(f"{machine()}{' compiled' if args.compile else ''}, {args.threads} threads\n\n"
           "| config | ms/step | PyTorch | ratio (min-max) | tok/s | PyTorch | peak MB | PyTorch "
           "| ratio | products alone | loss, PyTorch's |\n" + "|---" * 11 + "|", flush=True)
-    good, notes = True, []
+    results = []
     for name in [args.config] if args.config else BENCH:
         *shape, in_turn = BENCH.get(name) or [*map(int, name.split(",")), 2]
-        one_good, note = bench_one(name, shape, args.steps or in_turn, args)
-        good &= one_good
-        notes.append(note)
+        results.append(bench_one(name, shape, args.steps or in_turn, args))
+    agreeing, notes = zip(*results)
     print("\nwhere our step goes:", *notes, sep="\n", flush=True)
     if not args.config:
         bench_sampling(args.threads)
-    return good
+    return all(agreeing)
 
 
 def bench_sampling(threads, n=64):
@@ -2113,10 +1902,9 @@ def bench_sampling(threads, n=64):
             attention_mask=torch.ones_like(prompt), pad_token_id=0)
     except ImportError:
         print("\ntransformers is not installed", end="")
-    blocks = gpt2.split(model.flat_params.size, 64)
-    ways["reading the weights once"] = lambda: [gpt2.parallel(
-        lambda block: np.dot(model.flat_params[block], model.flat_params[block]), blocks)
-        for _ in range(n)]
+    blocks = [model.flat_params[block] for block in gpt2.split(model.flat_params.size, 64)]
+    ways["reading the weights once"] = lambda: [
+        gpt2.parallel(lambda block: np.dot(block, block), blocks) for _ in range(n)]
     times = {name: [] for name in ways}
     for _ in range(4):
         for name, way in ways.items():

@@ -88,7 +88,7 @@ _names = "OPENBLAS_NUM_THREADS MKL_NUM_THREADS BLIS_NUM_THREADS VECLIB_MAXIMUM_T
 _added = {name: "1" for name in _names if name not in os.environ}
 if "numpy" in sys.modules and not os.environ.keys() & {*_names, "OMP_NUM_THREADS"}:
     print("train_gpt2: numpy was imported first, so the threads of its BLAS compete with ours and "
-          "steps take longer; import train_gpt2 before numpy", file=sys.stderr)
+          "steps take up to twice as long; import train_gpt2 before numpy", file=sys.stderr)
 os.environ.update(_added)
 import numpy as np  # noqa: E402
 
@@ -1278,13 +1278,14 @@ def read_tensors(path, arrays):
                 "differs from wte.weight; GPT-2 ties them, so use a model with tied weights")
 
 
-def read_json(path):
-    """The JSON object in a file. Raises UserError if there is none."""
+def read_json(path, names=()):
+    """The JSON object in a file. Raises UserError if there is none, or not with all these names."""
     try:
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         found = None
-    require(isinstance(found, dict), f"{path}: not a JSON object; download or save it again")
+    require(isinstance(found, dict) and found.keys() >= {*names},
+            f"{path}: not a JSON object, or not a complete one; replace it, or remove its folder")
     return found
 
 
@@ -1642,7 +1643,7 @@ def parse_arguments(argv):
         prog="train_gpt2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train GPT-2 in NumPy. Without options, a small model learns Shakespeare.")
     parser.error = lambda message: require(False, f"{message} (see --help)")
-    args, lowest, folder, state, fixed = {}, {}, None, None, []
+    args, lowest, folder, state = {}, {}, None, None
     for option in OPTIONS:
         if isinstance(option, str):
             group = parser.add_argument_group(option)
@@ -1670,20 +1671,18 @@ def parse_arguments(argv):
         require(checkpoints(out), f"--resume: {out} has no checkpoint; leave --resume out, or give "
                 "the folder of a run as --out")
         folder = checkpoints(out)[-1]
-        state = read_json(folder / "trainer.json")
-        require(state.keys() >= {"step", "options", "shards", "rngs", "crc32"},
-                f"{folder / 'trainer.json'}: not complete; remove {folder}")
-        args, fixed = args | state["options"], ["model", "tokenizer"]
+        state = read_json(folder / "trainer.json", ["step", "options", "shards", "rngs", "crc32"])
+        args |= state["options"]
     elif "init_from" in given:
         folder = find_model(given["init_from"])
         by_size = {size: name for name, size in Tokenizer.sizes.items()}
         args |= FINE_TUNING | {"tokenizer": by_size.get(read_config(folder).vocab_size)}
     if folder:
-        args |= asdict(read_config(folder))
-        fixed += asdict(read_config(folder))
-    for name in fixed:
-        require(given.get(name, args[name]) == args[name], f"--{name} {given.get(name)} does not "
-                f"fit {folder}, which has {args[name]}; leave it out")
+        sizes = asdict(read_config(folder))
+        args |= sizes
+        for name in given.keys() & {*sizes, *(("model", "tokenizer") if state else ())}:
+            require(given[name] == args[name], f"--{name} {given[name]} does not fit {folder}, "
+                    f"which has {args[name]}; leave it out")
     if "data" in given:
         args["train_bin"] = args["val_bin"] = None
     args = argparse.Namespace(**args | given, folder=folder)
