@@ -189,9 +189,12 @@ SIZES = {"small": {}, "T=1": dict(T=1), "three blocks of queries": dict(T=150),
          "several blocks of rows": dict(B=6, T=150, C=192, K=160, V=170)}
 
 
-@pytest.mark.parametrize("name", [
+LAYERS = pytest.mark.parametrize("name", [
     "embedding", "layernorm", "linear", "linear with tied weights", "attention",
     "attention with a cache", "gelu", "crossentropy"])
+
+
+@LAYERS
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
 def test_layer_matches_torch(name, dtype, size):
@@ -216,6 +219,31 @@ def test_layer_matches_torch(name, dtype, size):
     if name == "attention" and size == "T=1":  # one key: softmax is 1 whatever the score
         assert max(np.abs(grads.pop(n)).max() for n in "qk") < tolerance
     agree(grads, {n: tensors[n].grad for n in grads}, tolerance)
+
+
+@LAYERS
+def test_layer_matches_central_differences(name):
+    """(f(x + h) - f(x - h)) / 2h for every single input, without PyTorch. Measured: below 1e-9."""
+    shapes, out, kept, forward, backward, _ = layers(**SIZES["small"])[name]
+    rng, h = np.random.default_rng(0), 1e-5
+    x = {n: rng.standard_normal(shape) for n, shape in shapes.items()}
+    dout = np.full(out, 3.0) if name == "crossentropy" else rng.standard_normal(out)
+    out, kept = np.empty(out), np.empty(kept)
+
+    def loss():
+        forward(out, kept, [*x.values()])
+        return (dout * out).sum()
+    loss()
+    grads, numeric = ({n: np.zeros_like(array) for n, array in x.items()} for _ in range(2))
+    backward([*grads.values()], dout, out, kept, [*x.values()])
+    for n, array in x.items():
+        for i in np.ndindex(array.shape):
+            value, sides = array[i], []
+            for array[i] in value + h, value - h:
+                sides.append(loss())
+            array[i] = value
+            numeric[n][i] = (sides[0] - sides[1]) / (2 * h)
+    agree(grads, numeric, 1e-8)
 
 
 @DTYPES
@@ -1544,8 +1572,8 @@ def test_two_processes_train_as_one_does(both):
     assert len(losses(folder / "one")) == 20
     np.testing.assert_allclose(losses(folder / "two"), losses(folder / "one"), rtol=1e-5)
     assert samples(one) == samples(two) != []
-    assert "in 2 processes" in two and two.count("| network ") == two.count("| lr ") == 20
-    assert "in 1 processes" in one and "network" not in one
+    assert "processes 2," in two and two.count("| network ") == two.count("| lr ") == 20
+    assert "processes 1," in one and "network" not in one
 
 
 @WITH_GLOO

@@ -1736,8 +1736,8 @@ def main():
 model        {args.folder or args.model}: {model.flat_params.size:,} parameters, \
 L={config.n_layer} H={config.n_head} C={config.n_embd} V={config.vocab_size}, context \
 {config.n_positions}
-batch        B={args.batch_size} T={args.seq_len}, {args.grad_accum} per step, in {processes.size} \
-processes x {len(split(B, shards))} shards, on {parallel.threads} threads
+batch        B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, processes \
+{processes.size}, shards {len(split(B, shards))}, threads {parallel.threads}
 train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
 validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".join(val.paths)}""")
     if args.steps == 0:
