@@ -462,6 +462,17 @@ def test_model_matches_torch(case, dtype):
     assert len(model.shards) == shards
 
 
+def test_a_large_model_that_recomputes_has_the_same_bits_as_one_that_keeps(monkeypatch):
+    model, ids_and_targets = perturbed(SMALL), random_ids(SMALL, 2, 5)
+    our_results(model, *ids_and_targets)
+    gradients, kept = model.flat_grads.copy(), gpt2.count(gpt2.activation_table(SMALL, 2, 5))
+    monkeypatch.setattr(gpt2, "MAX_KEPT", 0)
+    model = perturbed(SMALL)
+    assert gpt2.count(gpt2.activation_table(SMALL, 2, 5)) == kept - 2 * 5 * (6 * 12 + 4)
+    agree(our_results(model, *ids_and_targets), torch_results(model, *ids_and_targets), 3e-14)
+    assert (model.flat_grads == gradients).all()
+
+
 def test_shapes_and_shards_may_change_from_call_to_call():
     model = perturbed(SMALL)
     for B, T, model.n_shards in [(2, 5, 1), (4, 8, 4), (4, 8, 1), (1, 1, 4), (4, 3, 2), (4, 5, 2)]:

@@ -602,14 +602,17 @@ def parameter_table(config):
     return dict(sorted(table.items(), key=lambda item: -len(item[1])))
 
 
+MAX_KEPT = 1 << 26  # parameters of a small model, and elements that it keeps instead of recomputing
+
+
 def activation_table(config, B, T, for_backward=True):
     """{name: shape}. The first axis counts copies: one for each block, or one that all share.
 
     Without a backward pass nothing is kept, and the blocks share all arrays. Small models keep what
-    others recompute, if that takes at most 2^26 elements.
+    others recompute.
     """
     N, C, H, L = B * T, config.n_embd, config.n_head, config.n_layer if for_backward else 1
-    small = max(count(parameter_table(config)), 6 * L * N * C) <= 2**26
+    small = max(count(parameter_table(config)), 6 * L * N * C) <= MAX_KEPT
     kept = L if small else 1
     table = {"x": (L + 1, N, C), "ln_1": (kept, N, C), "ln_1.stats": (kept, 2, N, 1),
              "qkv": (L, N, 3 * C), "lse": (L, B, H, T, 1), "att": (L, N, C), "x_mid": (L, N, C),
