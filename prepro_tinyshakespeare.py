@@ -130,7 +130,7 @@ def read_text(path):
 
 
 def write_text(text, name, tokenizer_name):
-    """Write the token files of a text; returns their paths (training, validation)."""
+    """Write the token files of a text, say how to use them; returns the two paths."""
     paths = [DATA / f"{name}_{tokenizer_name}_{split}.bin" for split in ("train", "val")]
     for path, ids in zip(paths, tokenize(text, Tokenizer(tokenizer_name))):
         require(len(ids) > 1, f"{name}: {len(text)} characters are too few; give more text")
@@ -147,14 +147,9 @@ def tinyshakespeare():
     return read_text(path)
 
 
-def prepare(name, tokenizer_name):
-    """Make the token files of tinyshakespeare, or of a stand-in if its text cannot be downloaded.
-
-    Raises UserError for any other name: only the user knows where that text is.
-    """
-    require(name == "tinyshakespeare", f"{DATA / name}_{tokenizer_name}_train.bin: no such file; "
-            "make it with python prepro_tinyshakespeare.py "
-            f"--text {name}.txt --tokenizer {tokenizer_name}")
+def prepare(tokenizer_name):
+    """Make the token files of tinyshakespeare, or of a stand-in if it cannot be downloaded."""
+    name = "tinyshakespeare"
     try:
         text = tinyshakespeare()
     except UserError as error:
@@ -175,7 +170,9 @@ def main():
     if args.text is None:
         write_text(tinyshakespeare(), "tinyshakespeare", args.tokenizer)
     else:
-        write_text(read_text(args.text), Path(args.text).stem, args.tokenizer)
+        train, val = write_text(read_text(args.text), Path(args.text).stem, args.tokenizer)
+        say(f"now run: python train_gpt2.py --train_bin {train} --val_bin {val} "
+            f"--tokenizer {args.tokenizer}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python train_gpt2.py --model gpt2 --steps 10  # train the 124M model on GPT-2's own tokens
     python train_gpt2.py --help
 
-There is no autograd and no framework here: a network is a few flat arrays of numbers and, for every
+There is no autograd and no framework: a network is a few flat arrays of numbers and, for every
 layer, one function that goes forward and one that goes backward.
 
 The task. A language model predicts the next token. A token is a byte of text, or a longer piece of
@@ -19,8 +19,7 @@ So the targets are the ids moved by one:
     targets  79  77  69  79  58
 
 Training computes the gradient of the mean loss, which says for every parameter how the loss changes
-when that parameter changes, and moves all parameters a small step downhill; thousands of times,
-with other tokens each time.
+with it, and moves all parameters a small step downhill; thousands of times, on other tokens.
 
 The network, with the shapes of what it computes:
 
@@ -57,9 +56,8 @@ The rules:
     table has the names and shapes; a parameter is a view of its part of the array.
 
 Functions appear in the order in which data flows through them: layers, block and network, model,
-optimizer, sampling, tokens, training, checkpoints. Data parallel training, threads and the command
-line come last; the rest can be read without them. test_gpt2.py has the same network in PyTorch and
-compares every function of this file with it.
+optimizer, sampling, tokens, training, checkpoints. Processes, threads and the command line come
+last; the rest can be read without them. test_gpt2.py compares every function with PyTorch.
 """
 import argparse
 import atexit
@@ -93,10 +91,7 @@ os.environ.update(_added)
 import numpy as np  # noqa: E402
 
 if int(np.__version__.split(".")[0]) < 2:
-    _message = f"train_gpt2 needs NumPy 2, this is {np.__version__}; pip install 'numpy>=2'"
-    if __name__ != "__main__":
-        raise ImportError(_message)
-    print(_message, file=sys.stderr)
+    print(f"NumPy {np.__version__} is too old; pip install 'numpy>=2'", file=sys.stderr)
     sys.exit(2)
 np.ones((8, 8)) @ np.ones((8, 8))  # some BLAS libraries are loaded by the first product
 for _name in _added:
@@ -123,11 +118,8 @@ def by_rows(names, sums="", heads=False):
     def decorate(function):
         order = list(inspect.signature(function).parameters)
         cut, summed = ([order.index(name) for name in x.split()] for x in (names, sums))
-
-        @functools.wraps(function)
-        def on_whole_arrays(*args):
-            run_in_blocks(function, args, cut, summed, heads)
-        return on_whole_arrays
+        return functools.wraps(function)(
+            lambda *args: run_in_blocks(function, args, cut, summed, heads))
     return decorate
 
 
@@ -180,19 +172,11 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + 1e-5)
 
     inp (N,C), weight (C,), bias (C,) -> out (N,C), mean (N,1), rstd (N,1). Ba et al. 2016, eq. 4.
-
-    >>> out, mean, rstd = np.empty((1, 3)), np.empty((1, 1)), np.empty((1, 1))
-    >>> layernorm_forward(out, mean, rstd, np.array([[1., 2., 3.]]), np.ones(3), np.zeros(3))
-    >>> out.round(3), mean
-    (array([[-1.225,  0.   ,  1.225]]), array([[2.]]))
     """
     mean[...] = inp.mean(axis=1, keepdims=True)
-    np.subtract(inp, mean, out=out)
-    rstd[...] = 1 / np.sqrt(np.vecdot(out, out)[:, None] / inp.shape[1] + 1e-5)
-    # out = (inp - mean) * rstd * weight + bias
-    out *= rstd
-    out *= weight
-    out += bias
+    shifted = inp - mean
+    rstd[...] = 1 / np.sqrt(np.vecdot(shifted, shifted)[:, None] / inp.shape[1] + 1e-5)
+    out[...] = shifted * rstd * weight + bias
 
 
 # In one row of C numbers, xhat_i = (x_i - mean) rstd and out_i = xhat_i weight_i + bias_i. Hence
@@ -221,22 +205,21 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
     """Write dinp (N,C), which may be dout itself; add to dweight (C,) and dbias (C,).
 
-    >>> x, dout, dx = np.array([[1., 2., 3.]]), np.array([[1., 0., 0.]]), np.empty((1, 3))
-    >>> mean, rstd = np.array([[2.]]), np.array([[1.5 ** 0.5]])
-    >>> layernorm_backward(dx, np.zeros(3), np.zeros(3), dout, x, mean, rstd, np.ones(3))
-    >>> dx.round(3)
-    array([[ 0.204, -0.408,  0.204]])
+    >>> (x, dout), (out, dx) = np.array([[[1., 2., 3.]], [[1., 0., 0.]]]), np.empty((2, 1, 3))
+    >>> mean, rstd = np.empty((2, 1, 1))
+    >>> weight, bias, dweight, dbias = np.ones(3), np.zeros(3), np.zeros(3), np.zeros(3)
+    >>> layernorm_forward(out, mean, rstd, x, weight, bias)
+    >>> layernorm_backward(dx, dweight, dbias, dout, x, mean, rstd, weight)
+    >>> out.round(3), dx.round(3)
+    (array([[-1.225,  0.   ,  1.225]]), array([[ 0.204, -0.408,  0.204]]))
     """
-    xhat = inp - mean
-    xhat *= rstd
+    xhat = (inp - mean) * rstd
     dweight += (dout * xhat).sum(axis=0)
     dbias += dout.sum(axis=0)
-    dxhat = np.multiply(dout, weight, out=dinp)
-    # dinp = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
-    xhat *= np.vecdot(dxhat, xhat)[:, None] / inp.shape[1]
-    dxhat -= dxhat.mean(axis=1, keepdims=True)
-    dxhat -= xhat
-    dxhat *= rstd
+    dxhat = dout * weight
+    mean_dxhat = dxhat.mean(axis=1, keepdims=True)
+    mean_dxhat_xhat = np.vecdot(dxhat, xhat)[:, None] / inp.shape[1]
+    dinp[...] = rstd * (dxhat - mean_dxhat - xhat * mean_dxhat_xhat)
 
 
 def linear_forward(out, inp, weight, bias=None):
@@ -380,16 +363,10 @@ GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
 
 
-def one_plus_exp(out, x):
-    """out = 1 + exp(-z), computed in place: one array instead of one per operation."""
-    # out = 1 + exp(-x * (GELU_1 + GELU_3 * x**2))
-    np.multiply(x, x, out=out)
-    out *= -GELU_3
-    out -= GELU_1
-    out *= x
+def one_plus_exp(x):
+    """1 + exp(-z) for z = x (GELU_1 + GELU_3 x^2)."""
     with np.errstate(over="ignore"):  # if exp overflows, x / inf = 0 is the correct limit
-        np.exp(out, out=out)
-    out += 1
+        return 1 + np.exp(x * (-GELU_1 - GELU_3 * x**2))
 
 
 @by_rows("out inp")
@@ -398,8 +375,7 @@ def gelu_forward(out, inp):
 
     inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form.
     """
-    one_plus_exp(out, inp)
-    np.divide(inp, out, out=out)
+    np.divide(inp, one_plus_exp(inp), out=out)
 
 
 # The sigmoid has the derivative ∂s/∂z = exp(-z) / (1 + exp(-z))^2 = s (1 - s). By the product rule
@@ -416,16 +392,8 @@ def gelu_backward(dinp, dout, inp):
     >>> out.round(3), dinp.round(3)  # at x = 0, ∂out/∂x = s = 1/2
     (array([[-0.159,  0.   ,  0.841]]), array([[-0.083,  0.5  ,  1.083]]))
     """
-    s, slope = np.empty_like(inp), inp * inp
-    one_plus_exp(s, inp)
-    np.divide(1, s, out=s)
-    # slope = s * (1 + (1 - s) * inp * (GELU_1 + 3 * GELU_3 * inp**2))
-    slope *= 3 * GELU_3
-    slope += GELU_1
-    slope *= inp
-    slope -= slope * s
-    slope += 1
-    slope *= s
+    s = 1 / one_plus_exp(inp)
+    slope = s * (1 + (1 - s) * inp * (GELU_1 + 3 * GELU_3 * inp**2))
     np.multiply(dout, slope, out=dinp)
 
 
@@ -579,7 +547,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            require(value > 0, f"{name} is {value}; it must be at least 1")
+            require(type(value) is int and value > 0,
+                    f"{name} is {value!r}; it must be a whole number above 0")
         require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} does not divide into n_head "
                 f"{self.n_head} heads; choose a multiple")
 
@@ -606,10 +575,9 @@ MAX_KEPT = 1 << 26  # parameters of a small model, and elements that it keeps in
 
 
 def activation_table(config, B, T, for_backward=True):
-    """{name: shape}. The first axis counts copies: one for each block, or one that all share.
+    """{name: shape}. The first axis is the block; its length is 1 if all blocks share one array.
 
-    Without a backward pass nothing is kept, and the blocks share all arrays. Small models keep what
-    others recompute.
+    Small models keep what large ones recompute. Without a backward pass nothing is kept.
     """
     N, C, H, L = B * T, config.n_embd, config.n_head, config.n_layer if for_backward else 1
     small = max(count(parameter_table(config)), 6 * L * N * C) <= MAX_KEPT
@@ -637,16 +605,16 @@ def views(flat, table):
 
 
 def by_layer(arrays, n_layer):
-    """{"ln_f.weight": w, "ln_f.bias": b, ...} -> {"ln_f": (w, b), ..., "blocks": [{...}, ...]}.
+    """{"ln_f.weight": w, "ln_f.bias": b, ...} -> {"ln_f": [w, b], ..., "blocks": [{...}, ...]}.
 
-    blocks[i]["ln_1"] is the pair of h.i.ln_1; wte and wpe have no bias and become tuples of one.
+    The arrays of h.2.ln_1 are in blocks[2]["ln_1"].
     """
-    layers = {}
+    layers = {"blocks": [{} for _ in range(n_layer)]}
     for name, array in arrays.items():
-        layer = name.rpartition(".")[0]
-        layers[layer] = (*layers.get(layer, ()), array)
-    return layers | {"blocks": [{name.removeprefix(f"h.{i}."): pair for name, pair in layers.items()
-                                 if name.startswith(f"h.{i}.")} for i in range(n_layer)]}
+        block, layer = re.match(r"(?:h\.(\d+)\.)?(.*)\.", name).groups()
+        place = layers["blocks"][int(block)] if block else layers
+        place.setdefault(layer, []).append(array)
+    return layers
 
 
 class Shard:
@@ -677,9 +645,8 @@ class Shard:
 class GPT2:
     """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
 
-    params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table;
-    so are AdamW's moments flat_m and flat_v. A batch is processed in at most n_shards shards.
-    seed=None leaves the parameters for the caller to fill.
+    params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table. A
+    batch is processed in at most n_shards shards. seed=None leaves the parameters to be filled.
 
     >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
     >>> for step in range(30):
@@ -691,28 +658,20 @@ class GPT2:
     """
 
     def __init__(self, config, dtype=np.float32, seed=1337):
-        self.config, self.table, self.n_shards, self.step = config, parameter_table(config), 1, 0
-        self.flat_params = np.empty(count(self.table), dtype)
-        # zeros take no memory until they are first written to
+        self.config, table, self.n_shards, self.step = config, parameter_table(config), 1, 0
+        self.flat_params = np.empty(count(table), dtype)
         self.flat_grads, self.flat_m, self.flat_v = np.zeros((3, self.flat_params.size), dtype)
-        self.params = views(self.flat_params, self.table)
-        self.grads = views(self.flat_grads, self.table)
+        self.params, self.grads = views(self.flat_params, table), views(self.flat_grads, table)
         self.layers, self.layout, self.batch = by_layer(self.params, config.n_layer), None, None
-        if seed is not None:
-            self._initialize(np.random.default_rng(seed))
-
-    def _initialize(self, rng):
-        """Matrices are normal with standard deviation 0.02, biases 0, layernorm weights 1.
-
-        A c_proj ends each of the 2L branches, whose results add up in the residual stream. Theirs
-        is smaller by sqrt(2L), so the variance of the sum does not grow with L (section 2.3).
-        """
-        for name, param in self.params.items():
+        rng = np.random.default_rng(seed)
+        for name, param in self.params.items() if seed is not None else ():
             if param.ndim == 1:
-                param[...] = 1 if name.endswith(".weight") else 0
+                param[...] = name.endswith(".weight")  # 1; biases are 0
             else:
+                # A c_proj ends each of the 2L branches, whose results add up in the residual
+                # stream. Smaller ones keep the sum from growing with L (section 2.3).
                 rng.standard_normal(dtype=param.dtype, out=param)
-                param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
+                param *= 0.02 / math.sqrt(2 * config.n_layer if "c_proj" in name else 1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=np.float32):
@@ -722,16 +681,22 @@ class GPT2:
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, as transformers.GPT2LMHeadModel reads them."""
-        write_model(Path(folder), self)
+        """Write the files that transformers.GPT2LMHeadModel reads; returns the weights' CRC-32."""
+        folder, last = Path(folder), self.config.vocab_size - 1
+        config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(self.config),
+                  "bos_token_id": last, "eos_token_id": last}
+        limit = {"max_length": self.config.n_positions}  # for transformers' pipeline
+        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        write_file(folder / "generation_config.json", json.dumps(limit).encode())
+        return write_tensors(folder / "model.safetensors",
+                             {f"transformer.{name}": x for name, x in self.params.items()})
 
     def _checked(self, ids, name="ids"):
         """ids as an array (B,T) of tokens that this model knows. Raises UserError otherwise."""
         ids, V, context = np.asarray(ids), self.config.vocab_size, self.config.n_positions
-        require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu",
-                f"{name} must be whole numbers of shape (B,T), not {ids.dtype} {ids.shape}")
-        require(ids.shape[1] <= context,
-                f"{name} have T={ids.shape[1]}, more than n_positions={context}; give fewer")
+        require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
+                f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
+                f"{ids.dtype} {ids.shape}")
         require(0 <= ids.min() and ids.max() < V,
                 f"{name} are in {ids.min()}..{ids.max()}, outside the vocabulary of {V} tokens")
         return ids
@@ -761,8 +726,8 @@ class GPT2:
     def forward(self, ids, targets=None, for_backward=True):
         """ids (B,T) -> logits (B,T,V), a new array; with targets (B,T) -> the mean loss, a float.
 
-        With for_backward=False the loss takes a fraction of the memory, and backward() cannot
-        follow. Raises UserError for ids or targets that do not fit the model.
+        With for_backward=False the loss takes a fraction of the memory. Raises UserError for ids or
+        targets that do not fit the model.
         """
         ids = self._checked(ids)
         if targets is None:
@@ -782,8 +747,9 @@ class GPT2:
         (ids, targets), self.batch = self.batch, None
 
         def backward(shard):
-            network_backward(shard.g, shard.a, self.layers, ids[shard.sequences],
-                             targets[shard.sequences], dloss / ids.size)
+            own = shard.sequences
+            network_backward(shard.g, shard.a, self.layers, ids[own], targets[own],
+                             dloss / ids.size)
         parallel(backward, self.shards)
         for shard in self.shards[1:]:
             move(self.flat_grads, shard.flat_grads)
@@ -791,9 +757,9 @@ class GPT2:
     def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
         """One step of AdamW, after which grads are 0; returns their global norm before clipping.
 
-        Clipping: if the norm (the length of the flat gradient) is above grad_clip, the gradient is
-        scaled down to that length; 0 means never. Matrices decay, biases and layernorm weights do
-        not. If the norm is not finite, nothing changes.
+        Clipping scales a gradient whose norm (length) is above grad_clip down to that length; 0
+        means never. Matrices decay, biases and layernorm weights do not. If the norm is not finite,
+        nothing changes.
         """
         total = np.zeros(1)
         add_squares(total, self.flat_grads)
@@ -852,23 +818,12 @@ def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
     """
     root = math.sqrt(1 - beta2**step)
     rate = lr * root / (1 - beta1**step)
-    # m = beta1 * m + (1 - beta1) * clip * grads
-    term = (1 - beta1) * clip * grads
     m *= beta1
-    m += term
-    # v = beta2 * v + (1 - beta2) * (clip * grads)**2
-    np.multiply(grads, grads, out=term)
-    term *= (1 - beta2) * clip**2
+    m += (1 - beta1) * clip * grads
     v *= beta2
-    v += term
-    # params = (1 - lr * weight_decay) * params - rate * m / (sqrt(v) + root * eps)
-    np.sqrt(v, out=term)
-    term += root * eps
-    np.divide(m, term, out=term)
-    term *= rate
-    if weight_decay:
-        params *= 1 - lr * weight_decay
-    params -= term
+    v += (1 - beta2) * clip**2 * grads**2
+    params *= 1 - lr * weight_decay
+    params -= rate * m / (np.sqrt(v) + root * eps)
     grads[...] = 0
 
 
@@ -920,12 +875,11 @@ def sample(logits, temperature, top_k, top_p, rng):
     return (ends > rng.random((len(probs), 1)) * ends[:, -1:]).argmax(axis=1)
 
 
-def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None,
-             on_token=None):
-    """Continue ids (B,T) token by token -> (B, T + max_new_tokens); see sample() for the options.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None):
+    """Continue ids (B,T): yields the next token of every sequence (B,); see sample() for options.
 
     The model sees a window of the last tokens, at most n_positions. When it is full, it moves on,
-    keeping the last three quarters. on_token is called with every new token (B,).
+    keeping the last three quarters.
     """
     ids, rng, config = np.asarray(ids), rng or np.random.default_rng(), model.config
     cache = np.empty((config.n_layer, 2, len(ids), config.n_head, config.n_positions,
@@ -939,9 +893,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         past += new.shape[1]
         token = sample(model.logits()[:, -1], temperature, top_k, top_p, rng)
         ids = np.concatenate([ids, token[:, None]], axis=1)
-        if on_token:
-            on_token(token)
-    return ids
+        yield token
 
 
 # ------------------------------------------------------------------------------------------------
@@ -965,10 +917,9 @@ class Tokenizer:
                 import tiktoken
                 self.bpe = tiktoken.get_encoding("gpt2")
             except Exception as error:  # it is not installed, or whatever its download raises
-                raise UserError(
-                    f"GPT-2's tokens need the package tiktoken ({type(error).__name__}): pip "
-                    "install tiktoken; if its download fails, set TIKTOKEN_CACHE_DIR to a folder "
-                    "that it has filled on another machine; or use --tokenizer byte") from None
+                raise UserError(f"GPT-2's tokens need the package tiktoken ({error!r:.80}): pip "
+                                "install tiktoken; without a network, set TIKTOKEN_CACHE_DIR to a "
+                                "folder that it has filled; or use --tokenizer byte") from None
 
     def encode(self, text):
         """A string -> a list of ids. <|endoftext|> in the text becomes that one token."""
@@ -1017,58 +968,43 @@ def write_tokens(path, ids):
     write_file(path, header, ids.astype("<u2"))
 
 
-def map_tokens(path):
-    """The ids of a token file as an array that stays on disk. Raises UserError if it is not one."""
-    header, again = np.fromfile(path, "<i4", 256), "make it again with prepro_tinyshakespeare.py"
-    require(len(header) == 256 and header[0] == MAGIC and header[1] == VERSION,
-            f"{path}: not a token file of version {VERSION}; {again}")
-    stated, held = int(header[2]), (os.path.getsize(path) - 1024) / 2
-    require(stated == held > 1,
-            f"{path}: its header says {stated} tokens, it holds {held:g}; {again}")
-    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(stated,))
-
-
 class Tokens:
-    """The tokens of a file, or of all files that match a pattern such as data/fineweb_train_*.bin.
+    """The ids in a token file, or in all files that match a pattern, one after another.
 
-    Raises UserError if there is no such file, and for an id outside the vocabulary when it is read.
+    They stay on disk until they are read. Raises UserError for a file that is missing or damaged.
     """
 
     def __init__(self, pattern, vocab_size):
-        self.paths, self.vocab_size = sorted(glob.glob(str(pattern))), vocab_size
+        self.paths, self.vocab_size, self.files = sorted(glob.glob(str(pattern))), vocab_size, []
         require(self.paths, f"{pattern}: no such file; make it with prepro_tinyshakespeare.py")
-        self.files = [map_tokens(path) for path in self.paths]
+        for path in self.paths:
+            found, n_bytes = np.fromfile(path, "<i4", 3).tolist(), os.path.getsize(path)
+            expected = [MAGIC, VERSION, (n_bytes - 1024) // 2]
+            require(found == expected and n_bytes > 1026 and n_bytes % 2 == 0,
+                    f"{path}: not a token file: {n_bytes} bytes that start with {found}, not "
+                    f"{expected}; make it again with prepro_tinyshakespeare.py")
+            self.files.append(np.memmap(path, "<u2", mode="r", offset=1024))
 
     def __len__(self):
         return sum(map(len, self.files))
 
-    def _read(self, i, start, n):
-        ids = self.files[i][start:start + n].astype(np.int64)
-        require(ids.max() < self.vocab_size, f"{self.paths[i]}: id {ids.max()} is outside the "
-                f"vocabulary of {self.vocab_size}; give the --tokenizer that it was made with")
-        return ids
+    def read(self, start, stop):
+        """The ids from start to stop - 1; raises UserError for one outside the vocabulary."""
+        parts = []
+        for path, file in zip(self.paths, self.files):
+            part = file[max(0, start):max(0, stop)]
+            require(part.max(initial=0) < self.vocab_size, f"{path}: id {part.max(initial=0)} is "
+                    f"outside the vocabulary of {self.vocab_size}; give its --tokenizer")
+            parts.append(part)
+            start, stop = start - len(file), stop - len(file)
+        return np.concatenate(parts, dtype=np.int64)
 
     def batch(self, rng, B, T):
         """B random windows, every start equally likely -> ids (B,T), targets (B,T)."""
-        ends = np.cumsum([max(0, len(file) - T) for file in self.files])
-        require(ends[-1] > 0, f"{self.paths[0]}: no {T + 1} tokens in a row; lower --seq_len {T}")
-        starts = rng.integers(ends[-1], size=B)
-        files = np.searchsorted(ends, starts, side="right")
-        windows = np.stack([self._read(i, start - (ends[i - 1] if i else 0), T + 1)
-                            for i, start in zip(files, starts)])
+        require(len(self) > T, f"{self.paths[0]}: too few tokens for --seq_len {T}; lower it")
+        starts = rng.integers(len(self) - T, size=B)
+        windows = np.stack([self.read(start, start + T + 1) for start in starts])
         return windows[:, :-1], windows[:, 1:]
-
-    def all_batches(self, B, T, limit):
-        """Every token once as a target, in order, up to `limit`: yields ids and targets."""
-        for i, file in enumerate(self.files):
-            start, stop = 0, min(len(file) - 1, limit)
-            limit -= stop
-            while start < stop:  # batches (B,T), and last one sequence of what is left
-                t = min(T, stop - start)
-                b = min(B, (stop - start) // t)
-                window = self._read(i, start, b * t + 1)
-                yield window[:-1].reshape(b, t), window[1:].reshape(b, t)
-                start += b * t
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1077,8 +1013,8 @@ class Tokens:
 def train_step(model, tokens, rng, lr, args, processes, stop=0):
     """One step of the optimizer -> (loss before it, norm of the gradient, sum of all `stop`).
 
-    Memory may not suffice for a large batch, so the gradient is the mean over grad_accum smaller
-    ones, called micro-batches. torchrun's processes share the sequences of each among themselves.
+    For a batch too large for memory, the gradient is the mean over grad_accum smaller ones, called
+    micro-batches. torchrun's processes share the sequences of each among themselves.
     """
     sums, share = np.array([0.0, stop]), 1 / (args.grad_accum * processes.size)
     for _ in range(args.grad_accum):
@@ -1094,8 +1030,8 @@ def train_step(model, tokens, rng, lr, args, processes, stop=0):
 def choose_shards(config, B, T, threads):
     """The number of shards for steps of (B,T): one for each thread, if each has enough to do.
 
-    A shard costs a gradient array, to be added up in every step. That is little as long as its
-    activations are larger. With fewer than some 192 positions, a shard is not worth a thread.
+    A shard costs a gradient array, to be added up in every step, which is little if its activations
+    are larger. With fewer than some 192 positions, a shard is not worth a thread.
     """
     ratio = count(activation_table(config, B, T)) / count(parameter_table(config))
     return max(1, int(min(threads, B, B * T / 192, ratio)))
@@ -1104,15 +1040,18 @@ def choose_shards(config, B, T, threads):
 def evaluate(model, tokens, args):
     """The mean loss of the first args.eval_tokens tokens (0: of all), in nats per token."""
     T, total, done = args.seq_len, 0.0, 0
-    limit = min(args.eval_tokens or len(tokens), len(tokens) - len(tokens.files))
+    limit = min(args.eval_tokens or len(tokens), len(tokens) - 1)
     room = count(activation_table(model.config, args.batch_size, T))  # as much as training uses
     B = max(1, 1024 // T, room // count(activation_table(model.config, 1, T, False)))
-    for ids, targets in tokens.all_batches(B, T, limit):
-        total += model.forward(ids, targets, for_backward=False) * ids.size
-        done += ids.size
+    while done < limit:  # batches (B,T), and last one sequence of what is left
+        t = min(T, limit - done)
+        b = min(B, (limit - done) // t)
+        ids = tokens.read(done, done + b * t + 1)
+        loss = model.forward(ids[:-1].reshape(b, t), ids[1:].reshape(b, t), for_backward=False)
+        total, done = total + loss * b * t, done + b * t
         show_progress(f"validation: {done:,} of {limit:,} tokens")
     show_progress("")
-    return total / done
+    return total / limit
 
 
 def print_sample(model, tokenizer, args, rng):
@@ -1123,11 +1062,10 @@ def print_sample(model, tokenizer, args, rng):
     if len(ids) > context:
         print(f"the prompt has {len(ids)} tokens, the last {context} are used", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
-
-    def show(token):
-        say(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="")
     say(prompt, end="")
-    generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, rng, show)
+    for token in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
+                          args.top_p, rng):
+        say(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="")
     say(decoder.decode(b"", final=True))
 
 
@@ -1139,15 +1077,6 @@ def show_progress(text):
 
 STOP = []  # what asks the program to stop adds its exit status: signals, and a closed pipe
 COLUMNS = "step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"
-
-
-def open_log(path, step):
-    """Open a run's log.csv to append rows, without those after `step`, where the run resumes."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-    kept = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line)
-            and int(line.split(",")[0]) <= step]
-    write_file(path, "".join(f"{line}\n" for line in [",".join(COLUMNS), *kept]).encode())
-    return open(path, "a", encoding="utf-8", newline="\n")
 
 
 def say(text, end="\n"):
@@ -1167,6 +1096,22 @@ def on_signal(number, frame):
     os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
 
+def open_log(out, step):
+    """Open OUT/log.csv to append rows after `step`. A new run renames the folder of an old one."""
+    path, lines = out / "log.csv", []
+    if step == 0 and (path.exists() or checkpoints(out)):
+        numbers = (i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
+        earlier = f"{out}.{next(numbers)}"
+        os.replace(out, earlier)
+        say(f"{out} held an earlier run, which is now {earlier}")
+    elif path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line)
+            and int(line.split(",")[0]) <= step]
+    write_file(path, "".join(f"{line}\n" for line in [",".join(COLUMNS), *kept]).encode())
+    return open(path, "a", encoding="utf-8", newline="\n")
+
+
 def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
     """All steps that are left, with log, validation, samples and checkpoints on the way.
 
@@ -1179,7 +1124,7 @@ def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
     # for each token 6 multiplications or additions per parameter, and 12 C S per block in
     # attention, where a query sees S = T/2 keys on average
     flops = 6 * tokens * (model.flat_params.size + args.n_layer * args.n_embd * args.seq_len)
-    log = open_log(Path(args.out) / "log.csv", model.step) if first else None
+    log = open_log(Path(args.out), model.step) if first else None
     for step in range(model.step + 1, args.steps + 1):
         last, start, processes.seconds, row = step == args.steps, time.perf_counter(), 0.0, {}
         lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
@@ -1206,10 +1151,10 @@ def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
         if row:
             row = {"step": step} | row
             print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log, flush=True)
-        if last or stop or step % args.save_every == 0:
-            folder = save()
+        if first and (last or stop or step % args.save_every == 0):
+            save()
         if stop:
-            say(f"stopped after step {step}, saved in {folder}; --resume continues")
+            say(f"stopped after step {step}, saved in {args.out}; --resume continues")
             sys.exit((STOP or [128 + signal.SIGTERM])[0])
 
 
@@ -1241,44 +1186,37 @@ def write_tensors(path, tensors):
 def read_tensors(path, arrays):
     """Fill {name: array} from a safetensors file, which may be in another float format.
 
-    Names may begin with `transformer.`; the causal masks in old files are skipped; a stored
-    lm_head.weight must equal wte.weight. Raises UserError for a damaged file (the tensors must fill
-    it without gaps), and for names and shapes that do not fit.
+    Names may begin with `transformer.`; causal masks in old files are skipped. Raises UserError for
+    a damaged file (its tensors must fill it without gaps) and for names and shapes that do not fit.
     """
-    found, end, advice = {}, 0, "use a model.safetensors and a config.json that belong together"
+    found, end = {}, 0
     try:
         data = np.memmap(path, np.uint8, "r")  # stays on disk until it is used
-        length = min(int.from_bytes(data[:8].tobytes(), "little"), data.size)
+        length = int.from_bytes(data[:8].tobytes(), "little")
         index, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
         index.pop("__metadata__", None)
         for name, entry in sorted(index.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            size = math.prod(shape) * np.dtype(FLOATS.get(dtype, "u1")).itemsize
-            require({int} == {type(n) for n in (*shape, start, stop)} and start == end and
-                    stop - start == size, f"{name} cannot be {dtype} {shape} at {start}..{stop}")
-            name, end = name.removeprefix("transformer."), stop
-            require(name not in found, f"{name} occurs with and without `transformer.`")
-            if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-                found[name] = dtype, tuple(shape), data[start:stop]
+            start, stop = entry["data_offsets"]
+            require(start == end, f"{name} is at byte {start}, expected {end}")
+            if not re.search(r"\.attn\.(masked_)?bias$", name):
+                x = data[start:stop].view(FLOATS[entry["dtype"]]).reshape(entry["shape"])
+                found[name.removeprefix("transformer.")] = x
+            end = stop
         require(end == len(data), f"its tensors have {end} bytes, it holds {len(data)}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error!s:.100}); "
+        raise UserError(f"{path}: not a safetensors file of floats, or damaged ({error!s:.100}); "
                         "download or save it again") from None
     if "lm_head.weight" in found:
-        arrays = arrays | {"lm_head.weight": np.empty_like(arrays["wte.weight"])}
-    for name in sorted(arrays.keys() ^ found.keys()):
-        problem = "missing" if name in arrays else "unknown"
-        raise UserError(f"{path}: tensor {name} is {problem}; {advice}")
-    for name, (dtype, shape, numbers) in found.items():
-        require(dtype in FLOATS and shape == arrays[name].shape, f"{path}: {name} is {dtype} "
-                f"{shape}, expected floats of shape {arrays[name].shape}; {advice}")
-        numbers = numbers.view(FLOATS[dtype])
-        if dtype == "BF16":  # the upper half of a float32
-            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
-        arrays[name][...] = numbers.reshape(shape)
-    if "lm_head.weight" in found:
-        require((arrays["lm_head.weight"] == arrays["wte.weight"]).all(), f"{path}: lm_head.weight "
-                "differs from wte.weight; GPT-2 ties them, so use a model with tied weights")
+        require(np.array_equal(found.pop("lm_head.weight"), found.get("wte.weight")),
+                f"{path}: lm_head.weight differs from wte.weight; use a model with tied weights")
+    for name in sorted(arrays.keys() | found.keys()):
+        shape, fit = (x[name].shape if name in x else "missing" for x in (found, arrays))
+        require(shape == fit, f"{path}: {name} is {shape}, but {fit} in the model; use a "
+                "model.safetensors and a config.json that belong together")
+    for name, x in found.items():
+        if x.dtype == "<u2":  # BF16 is the upper half of a float32
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        arrays[name][...] = x
 
 
 def read_json(path, names=()):
@@ -1296,51 +1234,32 @@ def read_config(folder):
     """The GPTConfig of a folder's config.json. Raises UserError for what is not a plain GPT-2."""
     path = Path(folder) / "config.json"
     found = read_json(path)
-    sizes = {name: found.get(name) for name in asdict(GPTConfig())}
-    for name, value in sizes.items():
-        require(type(value) is int and 0 < value < 2**31,
-                f"{path}: {name} is {value!r}, not a whole number above 0; use the one of a GPT-2")
-    for name, value in (PLAIN_GPT2 | {"n_inner": 4 * sizes["n_embd"]}).items():
-        require(found.get(name, value) in (value, None if name == "n_inner" else value),
+    try:
+        config = GPTConfig(**{name: found.get(name) for name in asdict(GPTConfig())})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    inner = {"n_inner": 4 * config.n_embd} if found.get("n_inner") else {}
+    for name, value in (PLAIN_GPT2 | inner).items():
+        require(found.get(name, value) == value,
                 f"{path}: {name} is {found.get(name)!r}; use a plain GPT-2, which has {value!r}")
-    return GPTConfig(**sizes)
-
-
-def write_model(folder, model):
-    """Write config.json and model.safetensors; returns the latter's CRC-32."""
-    last = model.config.vocab_size - 1
-    config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(model.config),
-              **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
-              "bos_token_id": last, "eos_token_id": last}
-    write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-    limit = {"max_length": model.config.n_positions}  # for transformers' pipeline
-    write_file(folder / "generation_config.json", json.dumps(limit).encode())
-    return write_tensors(folder / "model.safetensors",
-                         {f"transformer.{name}": x for name, x in model.params.items()})
+    return config
 
 
 def tokenizer_files(tokenizer, n_positions):
-    """{file name: bytes} from which transformers' AutoTokenizer makes the same tokenizer.
-
-    These files write every byte as a printable character: itself, or one from U+0100 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in printable]
-    letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
-    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.eot_token)]
-    ranks, merges = {token: i for i, token in enumerate(tokens)}, ["#version: 0.2"]
-    for rank, token in enumerate(tokens):  # find the two earlier tokens that this one merges
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # as encoding would do before this token existed
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(" ".join("".join(letter[b] for b in part) for part in parts))
-    vocab = {"".join(letter[b] for b in token): i for i, token in enumerate(tokens)}
+    """{file name: bytes} from which transformers' AutoTokenizer makes the same tokenizer."""
+    merges = b"#version: 0.2\n"
+    if tokenizer.bpe:  # OpenAI's own files, which tiktoken keeps
+        from tiktoken.load import read_file_cached
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+        vocab, merges = read_file_cached(url + "encoder.json"), read_file_cached(url + "vocab.bpe")
+    else:  # every byte stands as a printable character: itself, or one from U+0100 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        vocab = {chr(256 + others.index(b) if b in others else b): b for b in range(256)}
+        vocab = json.dumps(vocab | {"<|endoftext|>": 256}).encode()
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_positions,
               **dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")}
-    return {"vocab.json": json.dumps(vocab | {"<|endoftext|>": len(tokens)}).encode(),
-            "merges.txt": "\n".join([*merges, ""]).encode(),
+    return {"vocab.json": vocab, "merges.txt": merges,
             "tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
@@ -1351,25 +1270,22 @@ def checkpoints(out):
 
 
 def save_checkpoint(out, model, files, state):
-    """Write OUT/step_..., whole or not at all, and keep the one before it; returns its path."""
-    folder = Path(out) / f"step_{model.step:06}"
-    unfinished = folder.with_name(folder.name + ".tmp")
-    for left in Path(out).glob("step_*.tmp"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    """Write OUT/step_... with `files` {name: bytes}, whole or not at all; keep the one before."""
+    unfinished = Path(out) / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # a run may have been killed while saving
     try:
         moments = {"m": model.flat_m, "v": model.flat_v}
-        state = {"step": model.step, **state, "crc32": {
-            "model.safetensors": write_model(unfinished, model),
-            "optimizer.safetensors": write_tensors(unfinished / "optimizer.safetensors", moments)}}
-        files = files | {"trainer.json": json.dumps(state, indent=2).encode()}
+        crc32 = {"model.safetensors": model.save_pretrained(unfinished), "optimizer.safetensors":
+                 write_tensors(unfinished / "optimizer.safetensors", moments)}
+        state = {"step": model.step, "shards": model.n_shards, "crc32": crc32, **state}
+        write_file(unfinished / "trainer.json", json.dumps(state, indent=2).encode())
         for name, content in files.items():
             write_file(unfinished / name, content)
-        os.replace(unfinished, folder)
+        os.replace(unfinished, Path(out) / f"step_{model.step:06}")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in checkpoints(out)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def load_checkpoint(folder, state):
@@ -1379,50 +1295,35 @@ def load_checkpoint(folder, state):
                 f"CRC-32 has changed; remove {folder} to resume from the checkpoint before it")
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
-    model.step = state["step"]
+    model.step, model.n_shards = state["step"], state["shards"]
     return model
 
 
-def archive(out):
-    """Rename the folder of an earlier run to OUT.1, OUT.2, ..., and say so."""
-    out = Path(out)
-    if (out / "log.csv").exists() or checkpoints(out):
-        number = 1
-        while Path(f"{out}.{number}").exists():
-            number += 1
-        os.replace(out, f"{out}.{number}")
-        say(f"{out} held an earlier run, which is now {out}.{number}")
-
-
-def fill_data(function, *args):
-    """Call a function of prepro_tinyshakespeare.py, which gets what is missing in data/."""
+def prepro():
+    """The module prepro_tinyshakespeare.py, which gets what is missing in data/."""
     try:
         import prepro_tinyshakespeare
     except ModuleNotFoundError:
-        raise UserError(f"{DATA}/ lacks {' '.join(args)}, and prepro_tinyshakespeare.py, which gets"
-                        " it, is not here; put it beside train_gpt2.py, or name files that you have"
-                        " with --train_bin and --val_bin, or --init_from") from None
-    return getattr(prepro_tinyshakespeare, function)(*args)
+        raise UserError("data/ lacks what is needed; put prepro_tinyshakespeare.py, which gets it, "
+                        "beside train_gpt2.py, or give --train_bin and --val_bin") from None
+    return prepro_tinyshakespeare
 
 
 def find_tokens(args):
-    """(training file, validation file): those given, or those of --data, made if missing."""
+    """(training file, validation file): those given, or tinyshakespeare's, made if missing."""
     if args.train_bin:
         return args.train_bin, args.val_bin
-    paths = [DATA / f"{args.data}_{args.tokenizer}_{split}.bin" for split in ("train", "val")]
-    if all(path.exists() for path in paths):
-        return paths
-    return fill_data("prepare", args.data, args.tokenizer)
+    paths = [DATA / f"tinyshakespeare_{args.tokenizer}_{split}.bin" for split in ("train", "val")]
+    return paths if all(path.exists() for path in paths) else prepro().prepare(args.tokenizer)
 
 
 def find_model(name):
-    """The folder of a model: data/NAME for a size of GPT-2, downloaded if missing; the last
-    checkpoint in the folder of a run; or NAME itself."""
-    if name in MODELS and name != "baby":
-        if not (DATA / name / "model.safetensors").exists():
-            fill_data("download_model", name)
-        return DATA / name
-    return (checkpoints(name) or [Path(name)])[-1]
+    """The folder of a model: NAME, or the last checkpoint in it; data/NAME for OpenAI's models."""
+    if name not in MODELS or name == "baby":
+        return (checkpoints(name) or [Path(name)])[-1]
+    if not (DATA / name / "model.safetensors").exists():
+        prepro().download_model(name)
+    return DATA / name
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1451,16 +1352,15 @@ class Processes:
 
     def all_reduce(self, flat):
         """Replace every process's array by the sum over all processes, the same bits for each."""
-        if self.size == 1:
-            return
         start = time.perf_counter()
         try:
-            self.network.all_reduce(self.tensor(flat))
+            if self.size > 1:
+                self.network.all_reduce(self.tensor(flat))
         except RuntimeError as error:
-            if not re.search("connection|closed|reset by peer|timed out", str(error), re.I):
-                raise
-            raise UserError(f"rank {self.rank} lost the connection to another process, which may "
-                            "say why; start all again with --resume") from None
+            require(not re.search("connection|closed|reset by peer|timed out", str(error), re.I),
+                    f"rank {self.rank} lost the connection to another process, which may say why; "
+                    "start all again with --resume")
+            raise
         self.seconds += time.perf_counter() - start
 
 
@@ -1539,10 +1439,10 @@ def run_in_blocks(function, args, cut, summed, heads):
 def matmul(out, a, b, bias=None, add=False):
     """out[...] = a @ b + bias, or out += a @ b; a (M,J), b (J,K), bias (K,) or None -> out (M,K).
 
-    out may be a transposed view, if there is no bias. Every block reads the other operand
-    whole, so the larger is cut: wide products into columns, tall ones into rows. BLAS is faster on
-    large blocks. So there are few: as many as the square root of the product's size in units of
-    2^22 multiplications, at most 16, none below 64 wide.
+    out may be a transposed view, if there is no bias. Every block reads the other operand whole, so
+    the larger is cut: wide products into columns, tall ones into rows. BLAS is faster on large
+    blocks, so there are few: as many as the square root of the product's size in units of 2^22
+    multiplications, at most 16, none below 64 wide.
     """
     if not out.flags.c_contiguous:  # a transposed view: (a b)^T = b^T a^T is in memory's order
         out, a, b = out.T, b.T, a.T
@@ -1580,56 +1480,51 @@ if hasattr(os, "register_at_fork"):  # a forked child does not have its parent's
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
-BABY = dict(n_layer=3, n_head=4, n_embd=128, n_positions=64, tokenizer="byte", batch_size=12,
-            steps=5000, lr=3e-3, min_lr=1e-4, beta2=0.99, log_every=50, eval_tokens=0)
-GPT2_124M = dict(n_layer=12, n_head=12, n_embd=768, n_positions=1024, tokenizer="gpt2",
-                 batch_size=4, steps=1000, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1,
-                 eval_tokens=8192)
-MODELS = {"baby": BABY, "gpt2": GPT2_124M,
-          "gpt2-medium": GPT2_124M | dict(n_layer=24, n_head=16, n_embd=1024),
-          "gpt2-large": GPT2_124M | dict(n_layer=36, n_head=20, n_embd=1280),
-          "gpt2-xl": GPT2_124M | dict(n_layer=48, n_head=25, n_embd=1600)}
-FINE_TUNING = GPT2_124M | dict(lr=1e-4, min_lr=1e-5)  # the preset for --init_from
+MODELS = {"baby": {}, "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+          "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+          "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+FINE_TUNING = dict(lr=1e-4, min_lr=1e-5)
 HIGHEST = {"n_layer": 10000, "beta1": 0.99999, "beta2": 0.99999, "top_p": 1}
-OPTIONS = [  # titles of groups, and (name, type or choices, lowest value, default, help)
+OPTIONS = [  # titles of groups; and options: name, type or choices, lowest value, default (a pair
+    # has those of baby and of the larger models), help
     "most used: what to train, and for how long",
     ("model", MODELS, None, "baby", "preset: architecture and hyperparameters"),
-    ("steps", int, 0, None, "training steps; 0 only validates and samples"),
     ("init_from", str, None, None, "start from the weights in the folder of a model or a run, or "
-     "from OpenAI's: gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
-    ("prompt", str, None, None, "text to continue; with --init_from but not --steps, only sample"),
+     "from OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl; without --steps, only sample"),
     ("resume", bool, None, None, "continue the run in --out with its options, except those given"),
+    ("steps", int, 0, (5000, 1000), "training steps; 0 only validates and samples"),
+    ("prompt", str, None, None, "text that samples continue"),
     ("out", str, None, "out", "folder for log.csv and checkpoints"),
     "data: the tokens to train and validate on",
-    ("data", str, None, "tinyshakespeare", "use data/NAME_TOKENIZER_train.bin and ..._val.bin"),
-    ("train_bin", str, None, None, "train on this token file, or on all that match a pattern"),
-    ("val_bin", str, None, None, "validate on these"),
-    ("tokenizer", Tokenizer.sizes, None, None, "bytes, or GPT-2's 50,257 tokens"),
+    ("train_bin", str, None, None, "token file, or a pattern of several (default: Shakespeare)"),
+    ("val_bin", str, None, None, "the same for validation"),
+    ("tokenizer", Tokenizer.sizes, None, ("byte", "gpt2"), "bytes, or GPT-2's 50,257 tokens"),
     "architecture: the sizes of a new model",
-    ("n_layer", int, 1, None, "L, blocks"), ("n_head", int, 1, None, "H, attention heads"),
-    ("n_embd", int, 1, None, "C, channels"), ("n_positions", int, 1, None, "longest context"),
-    ("vocab_size", int, 1, None, "V, if it is not the tokenizer's"),
+    ("n_layer", int, 1, (3, 12), "L, blocks"),
+    ("n_head", int, 1, (4, 12), "H, attention heads"),
+    ("n_embd", int, 1, (128, 768), "C, channels"),
+    ("n_positions", int, 1, (64, 1024), "longest context"),
     "training: batches and the optimizer",
-    ("batch_size", int, 1, None, "B, sequences in a micro-batch, shared among all processes"),
+    ("batch_size", int, 1, (12, 4), "B, sequences in a micro-batch, shared among all processes"),
     ("seq_len", int, 1, None, "T, tokens in a sequence: 64, or n_positions if that is less"),
     ("grad_accum", int, 1, 1, "micro-batches per step"),
-    ("lr", float, 0, None, "highest learning rate"),
-    ("min_lr", float, 0, None, "learning rate at the end"),
+    ("lr", float, 0, (3e-3, 3e-4), "highest learning rate"),
+    ("min_lr", float, 0, (1e-4, 3e-5), "learning rate at the end"),
     ("warmup", int, 0, 100, "steps up to the highest learning rate"),
     ("beta1", float, 0, 0.9, "AdamW: decay of the average gradient, below 1"),
-    ("beta2", float, 0, None, "AdamW: decay of the average squared gradient, below 1"),
+    ("beta2", float, 0, (0.99, 0.95), "AdamW: decay of the average squared gradient, below 1"),
     ("weight_decay", float, 0, 0.1, "decoupled weight decay of matrices"),
     ("grad_clip", float, 0, 1.0, "maximum global gradient norm (0: no clipping)"),
     ("seed", int, 0, 1337, "seed of weights, batches and samples"),
     ("threads", int, 1, None, "threads, if not one per processor"),
     "evaluation: what happens between steps",
-    ("log_every", int, 1, None, "steps between log lines"),
+    ("log_every", int, 1, (50, 1), "steps between log lines"),
     ("eval_every", int, 1, 500, "steps between validations"),
-    ("eval_tokens", int, 0, None, "validate on the first so many tokens (0: all)"),
+    ("eval_tokens", int, 0, (0, 8192), "validate on the first so many tokens (0: all)"),
     ("sample_every", int, 1, 1000, "steps between samples"),
     ("save_every", int, 1, 250, "steps between checkpoints, of which two are kept"),
     "sampling: how text is generated",
-    ("num_samples", int, 1, None, "samples; with --init_from but not --steps, only sample"),
+    ("num_samples", int, 1, 1, "samples with --init_from"),
     ("max_new_tokens", int, 0, 500, "tokens in a sample"),
     ("temperature", float, 0, 0.8, "below 1 favours likely tokens more; 0 takes the likeliest"),
     ("top_k", int, 1, None, "draw from the k likeliest tokens"),
@@ -1639,23 +1534,24 @@ OPTIONS = [  # titles of groups, and (name, type or choices, lowest value, defau
 def parse_arguments(argv):
     """The options of a run, and the state in which a resumed run was saved (or None).
 
-    What is not given is as in the preset, or as in the run that --resume continues. args.folder is
-    where the weights come from; with args.only_sample, print samples and do nothing else.
+    Options that are not given come from the preset, or from the run that --resume continues.
+    args.folder has the weights to start from; with args.only_sample, the run only prints samples.
     """
     parser = argparse.ArgumentParser(
         prog="train_gpt2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train GPT-2 in NumPy. Without options, a small model learns Shakespeare.")
     parser.error = lambda message: require(False, f"{message} (see --help)")
-    args, lowest, folder, state = {}, {}, None, None
+    pairs, lowest, folder, state = {}, {}, None, None
     for option in OPTIONS:
         if isinstance(option, str):
             group = parser.add_argument_group(option)
             continue
-        name, kind, lowest[name], args[name], text = option
-        default = f"{BABY[name]}, or {GPT2_124M[name]} for gpt2" if name in BABY else args[name]
+        name, kind, lowest[name], default, text = option
+        pairs[name] = default if isinstance(default, tuple) else (default, default)
+        default = " or, for gpt2, ".join(map(str, dict.fromkeys(pairs[name])))
+        text += f" (default: {default})" * (default != "None")
         reading = {"action": "store_true"} if kind is bool else \
             {"choices": kind} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
-        text += f" (default: {default})" if default else ""
         group.add_argument(f"--{name}", help=text, **reading)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -1665,14 +1561,13 @@ def parse_arguments(argv):
                 f"--{name} must be {limits}, not {value!s:.20}")
     require(("train_bin" in given) == ("val_bin" in given),
             "--train_bin and --val_bin belong together; give both, or neither")
-    for other in "resume", "model":
-        require(not {"init_from", other} <= given.keys(),
-                f"--init_from and --{other} exclude each other; leave one of them out")
-    args |= MODELS[given.get("model", "baby")]
+    require(len(given.keys() & {"model", "init_from", "resume"}) < 2,
+            "--model, --init_from and --resume exclude each other; give one of them")
+    large = "init_from" in given or given.get("model", "baby") != "baby"
+    args = {name: pair[large] for name, pair in pairs.items()} | MODELS[given.get("model", "baby")]
     if "resume" in given:
         out = given.get("out", "out")
-        require(checkpoints(out), f"--resume: {out} has no checkpoint; leave --resume out, or give "
-                "the folder of a run as --out")
+        require(checkpoints(out), f"--resume: {out} has no checkpoint; give the run as --out")
         folder = checkpoints(out)[-1]
         state = read_json(folder / "trainer.json", ["step", "options", "shards", "rngs", "crc32"])
         args |= state["options"]
@@ -1683,22 +1578,17 @@ def parse_arguments(argv):
     if folder:
         sizes = asdict(read_config(folder))
         args |= sizes
-        for name in given.keys() & {*sizes, *(("model", "tokenizer") if state else ())}:
+        for name in given.keys() & {*sizes, "tokenizer" if state else None}:
             require(given[name] == args[name], f"--{name} {given[name]} does not fit {folder}, "
                     f"which has {args[name]}; leave it out")
-    if "data" in given:
-        args["train_bin"] = args["val_bin"] = None
     args = argparse.Namespace(**args | given, folder=folder)
-    require(args.tokenizer, f"{folder}: no tokenizer has {args.vocab_size} tokens; give the "
-            "--tokenizer that it was trained with")
-    args.vocab_size = args.vocab_size or Tokenizer.sizes[args.tokenizer]
+    require(args.tokenizer, f"{folder} has another vocabulary; give the --tokenizer to use with it")
     args.seq_len = args.seq_len or min(64, args.n_positions)
-    require(args.seq_len <= args.n_positions, f"--seq_len {args.seq_len} is more than "
-            f"--n_positions {args.n_positions}; lower the one or raise the other")
+    require(args.seq_len <= args.n_positions,
+            f"--seq_len {args.seq_len} is more than --n_positions {args.n_positions}; lower it")
     require(not state or args.steps > state["step"],
             f"--steps {args.steps}: the run has done so many already; give more")
-    args.only_sample = ("init_from" in given and "steps" not in given
-                        and not given.keys().isdisjoint(["prompt", "num_samples"]))
+    args.only_sample = "init_from" in given and "steps" not in given
     return args, state
 
 
@@ -1715,7 +1605,8 @@ def main():
         processes.all_reduce(np.zeros(1))
     parallel.threads = args.threads or usable_cpus()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss of nan is reported as such
-    config = GPTConfig(*(getattr(args, name) for name in asdict(GPTConfig())))
+    config = read_config(args.folder) if args.folder else GPTConfig(
+        tokenizer.n_vocab, args.n_positions, args.n_embd, args.n_layer, args.n_head)
     B, rest = divmod(args.batch_size, processes.size)
     require(rest == 0, f"--batch_size {args.batch_size} cannot be shared equally among "
             f"{processes.size} processes; give a multiple")
@@ -1727,22 +1618,20 @@ def main():
     else:
         model = load_checkpoint(args.folder, state) if state else GPT2.from_pretrained(args.folder)
     if args.only_sample:
-        for i in range(args.num_samples or 1):
+        for i in range(args.num_samples):
             print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, i]))
         return
-    train, val = (Tokens(path, args.vocab_size) for path in paths)
+    train, val = (Tokens(path, config.vocab_size) for path in paths)
     args.train_bin, args.val_bin = map(os.path.abspath, paths)  # --resume may be called elsewhere
     rngs, model.n_shards = [np.random.default_rng([args.seed, i]) for i in (1, 2)], shards
     for rng, saved in zip(rngs, state["rngs"] if state else ()):
         rng.bit_generator.state = saved
-    say(f"""\
-model        {args.folder or args.model}: {model.flat_params.size:,} parameters, \
-L={config.n_layer} H={config.n_head} C={config.n_embd} V={config.vocab_size}, context \
-{config.n_positions}
-batch        B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, processes \
-{processes.size}, shards {len(split(B, shards))}, threads {parallel.threads}
-train        {len(train):,} {args.tokenizer} tokens in {", ".join(train.paths)}
-validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".join(val.paths)}""")
+    say(f"model     {args.folder or args.model}: {model.flat_params.size:,} parameters, {config}\n"
+        f"batch     B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, "
+        f"processes {processes.size}, shards {len(split(B, shards))}, threads {parallel.threads}\n"
+        f"train     {len(train):,} {args.tokenizer} tokens in {', '.join(train.paths)}\n"
+        f"validate  {args.eval_tokens or len(val):,} of {len(val):,} tokens in "
+        f"{', '.join(val.paths)}")
     if args.steps == 0:
         say(f"val loss {evaluate(model, val, args):.4f}")
         return print_sample(model, tokenizer, args, rngs[1])
@@ -1750,16 +1639,12 @@ validate     {args.eval_tokens or len(val):,} of {len(val):,} tokens in {", ".jo
              if re.search("token|vocab|merges", path.name)}
     files = files or tokenizer_files(tokenizer, config.n_positions)
     processes.all_reduce(np.zeros(1))  # all have read their files, which may be in args.out
-    if processes.rank == 0 and not state:
-        archive(args.out)
-    options = {option[0]: getattr(args, option[0]) for option in OPTIONS if len(option) == 5
-               and option[0] not in ("resume", "out", "threads")}
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("resume", "out", "threads", "folder", "only_sample")}
 
     def save():
-        if processes.rank == 0:
-            rng_states = [rng.bit_generator.state for rng in rngs]
-            return save_checkpoint(args.out, model, files, {
-                "options": options, "shards": shards, "rngs": rng_states})
+        save_checkpoint(args.out, model, files, {
+            "options": options, "rngs": [rng.bit_generator.state for rng in rngs]})
     train_loop(args, model, tokenizer, train, val, processes, rngs, save)
 
 
@@ -1779,10 +1664,7 @@ def run_program(main):
         if hasattr(stream, "reconfigure"):  # models write characters that a terminal may not have
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        try:
-            main()
-        finally:
-            say("", end="")  # notices a closed pipe
+        main()
     except (UserError, OSError, MemoryError) as error:
         advice = "; check the path, permissions and space left" * isinstance(error, OSError)
         print(f"{Path(sys.argv[0]).name}: error: {error}{advice}", file=sys.stderr)
@@ -1791,6 +1673,7 @@ def run_program(main):
         status = 128 + signal.SIGINT
     except SystemExit as end:
         status = end.code
+    say("", end="")  # notices a closed pipe
     sys.exit(STOP[0] if STOP else status)
 
 
