@@ -168,8 +168,7 @@ def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
 
 
 LAYERS = pytest.mark.parametrize("name", layers())
-SIZES = {"small": {}, "T=1": dict(T=1), "three blocks of queries": dict(T=150),
-         "eight blocks of queries": dict(T=600, H=5, C=20),
+SIZES = {"small": {}, "T=1": dict(T=1), "eight blocks of queries": dict(T=600, H=5, C=20),
          "several blocks of rows": dict(B=6, T=150, C=192, K=160, V=170)}
 
 
@@ -285,13 +284,6 @@ def test_pool_does_every_item_once_hands_errors_on_and_runs_nested_calls_seriall
     pool(lambda i: meeting.wait(), range(4))
 
 
-def test_split_covers_everything_once():
-    for n, parts, slices in (1, 5, 1), (5, 2, 2), (50257, 16, 16), (10, 0.1, 1), (7, 7, 4):
-        found = gpt2.split(n, parts)
-        assert len(found) == slices and all(s.stop > s.start for s in found)
-        assert [i for s in found for i in range(n)[s]] == list(range(n))
-
-
 @pytest.mark.parametrize("shards", [1, 4])
 def test_results_are_the_same_bits_on_any_number_of_threads(shards, monkeypatch):
     config, results = gpt2.GPTConfig(257, 128, 128, 2, 4), []
@@ -347,15 +339,11 @@ def test_importing_sets_numpys_blas_to_one_thread_and_leaves_the_environment_and
     assert blas.stdout.strip() in ("[1]", "[]"), blas  # []: one that threadpoolctl does not know
 
 
-def test_numpy_imported_first_gets_one_line_on_stderr():
-    found = python("-c", "import numpy, train_gpt2").stderr
-    assert re.fullmatch(".*(BLAS.*numpy|numpy.*BLAS).*\n", found), found
+def test_numpy_imported_first_or_too_old_gets_one_line_on_stderr(tmp_path):
     assert python("-c", "import train_gpt2, numpy").stderr == ""
-
-
-def test_numpy_1_gets_one_line_that_says_what_to_install(tmp_path):
-    Path(tmp_path, "numpy").mkdir()
-    Path(tmp_path, "numpy", "__init__.py").write_text("__version__ = '1.26.4'\n")
+    first = python("-c", "import numpy, train_gpt2").stderr
+    assert re.fullmatch(".*numpy was imported first.*BLAS.*before numpy\n", first)
+    gpt2.write_file(tmp_path / "numpy" / "__init__.py", b"__version__ = '1.26.4'")
     path = os.pathsep.join([str(tmp_path), str(HERE)])
     for arguments in ["train_gpt2.py", "--steps", "1"], ["-c", "import train_gpt2"]:
         found = python(*arguments, PYTHONPATH=path)
@@ -393,7 +381,9 @@ def test_model_matches_torch(case, dtype):
     config, B, T, shards = CONFIGS[case]
     model = perturbed(config, dtype)
     model.n_shards = shards
-    gradients_agree(model, *random_ids(config, B, T), 3e-14 if dtype == np.float64 else 2e-5)
+    for seed in 1, 2:  # the second time, nothing of the first is left
+        batch, tolerance = random_ids(config, B, T, seed), 3e-14 if dtype == np.float64 else 2e-5
+        gradients_agree(model, *batch, tolerance)
     assert len(model.shards) == shards
 
 
@@ -412,20 +402,6 @@ def test_shapes_and_shards_may_change_from_call_to_call():
     for B, T, model.n_shards in [(2, 5, 1), (4, 8, 4), (4, 8, 1), (1, 1, 4), (4, 3, 2), (4, 5, 2)]:
         gradients_agree(model, *random_ids(SMALL, B, T, seed=B * T), 2e-14)
         assert len(model.shards) == min(B, model.n_shards)
-
-
-def test_a_batch_in_shards_has_the_gradient_of_its_sequences_and_backward_adds():
-    """Every sequence by itself, with another dloss, twice. Measured: 1e-15."""
-    config, B, T, shards = CONFIGS["several shards"]
-    (ids, targets), whole, single = random_ids(config, B, T), perturbed(config), perturbed(config)
-    whole.n_shards = shards
-    for _ in range(2):
-        whole.forward(ids, targets)
-        whole.backward()
-    for b in range(B):
-        single.forward(ids[b:b + 1], targets[b:b + 1])
-        single.backward(2 / B)
-    agree(whole.grads, single.grads, 1e-14)
 
 
 def test_logits_and_losses_without_a_backward_pass_are_the_same_and_stay():
@@ -483,12 +459,6 @@ def test_ids_that_do_not_fit_raise_a_value_error(ids, targets, message):
     assert isinstance(found.value, ValueError)
 
 
-def test_configs_that_make_no_network_raise_a_value_error():
-    for change, message in ({"n_head": 5}, "n_head 5"), ({"n_layer": 0}, "n_layer is 0"):
-        with pytest.raises(gpt2.UserError, match=message):
-            gpt2.GPTConfig(**change)
-
-
 @pytest.mark.parametrize("decay, clip", [(0.1, 1.0), (0.0, 0.0), (0.5, 0.3)])
 def test_adamw_matches_torch(decay, clip):
     """Ten steps at a high learning rate, where errors add up. Measured: 6e-16."""
@@ -532,13 +502,6 @@ def test_learning_rate_at_its_corners(warmup, expected):
     """In a run of three steps; a warm-up may be as long as the run, or longer."""
     found = [gpt2.learning_rate(step, 3, warmup, 1.0, 0.4) for step in (1, 2, 3)]
     assert found == pytest.approx(expected)
-
-
-def test_greedy_generation_takes_the_likeliest_token():
-    model, ids = perturbed(SMALL), np.array([[3, 1], [4, 1]])
-    out = np.column_stack([ids, *gpt2.generate(model, ids, 6, temperature=0)])
-    assert out.shape == (2, 8)
-    assert (out[:, 2:] == model.forward(out)[:, 1:-1].argmax(axis=-1)).all()
 
 
 @pytest.mark.parametrize("context, prompt, expected", [
@@ -702,9 +665,11 @@ def run(program, *arguments, cwd, **options):
                           env=env, timeout=120, **PIPES | options)
 
 
-def start(*arguments):
-    """train_gpt2.py as a process, started."""
-    return subprocess.Popen([sys.executable, HERE / "train_gpt2.py", *words(*arguments)], **PIPES)
+def start(*arguments, launcher="", program=HERE / "train_gpt2.py"):
+    """train_gpt2.py as a process, or as those of a launcher, started."""
+    return subprocess.Popen([sys.executable, *words(launcher), program, *words(*arguments)],
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+                            **PIPES)
 
 
 def rows(out):
@@ -887,7 +852,11 @@ def test_a_checkpoint_opens_in_transformers_with_the_same_tokens_and_numbers(tmp
     GPT-2's tokenizer files have the SHA-256 of OpenAI's encoder.json and vocab.bpe.
     """
     files = gpt2.tokenizer_files(tokenizer, 16)
-    if tokenizer.name == "gpt2":
+    if tokenizer.name == "byte":
+        vocab = json.loads(files["vocab.json"])
+        assert {*vocab.values()} == {*range(257)} and vocab["<|endoftext|>"] == 256
+        assert [vocab[x] for x in "A~¡ÿĀĠĊŃ"] == [65, 126, 161, 255, 0, 32, 10, 173]
+    else:
         assert [hashlib.sha256(files[x]).hexdigest() for x in ("vocab.json", "merges.txt")] == [
             "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
             "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"]
@@ -1191,6 +1160,9 @@ def config(**changes):
 
 
 FROM_M, BAD = "--init_from m --prompt x", "--train_bin bad.bin --val_bin val.bin --steps 1"
+HUGE = gpt2.GPTConfig(257, 64, 10**9, 3, 1)  # parameters, gradients and two moments of 4 bytes
+GB = 4e-9 * (gpt2.count(gpt2.activation_table(HUGE, 12, 64))
+             + 4 * gpt2.count(gpt2.parameter_table(HUGE)))
 BAD_INPUT = [  # the command line, what the message says, what has to be there
     *[(f"--{x[0]} {x[2] - 1}", f"--{x[0]} must be (at least|from) {x[2]}.*, not {x[2] - 1}", None)
       for x in gpt2.OPTIONS if len(x) == 5 and x[2] is not None],
@@ -1221,7 +1193,7 @@ BAD_INPUT = [  # the command line, what the message says, what has to be there
     (f"{TINY} --val_bin *.bin --steps 0", "bad.bin: id 257 is outside the vocabulary of 257",
      lambda: write(Path("bad.bin"), [9, 257])),
     (BAD, "bad.bin.*check the path", lambda: Path("bad.bin").mkdir()),
-    (f"--n_embd 1000000000 --n_head 1 {FILES}", "need [0-9.,]+ GB .* has [0-9.,]+; lower", None)]
+    (f"--n_embd {10**9} --n_head 1 {FILES}", f"need {GB:,.1f} GB .* has [0-9.,]+; lower", None)]
 
 
 @pytest.mark.parametrize("arguments, message, making", BAD_INPUT)
@@ -1238,16 +1210,6 @@ def test_bad_input_gets_one_line_and_status_2_and_loses_nothing(
     said = capsys.readouterr().err
     assert re.fullmatch(f"train_gpt2.py: error: .*({message}).*\n", said), said
     assert before <= {path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-
-def test_memory_is_counted_with_one_gradient_array_for_each_shard(train, monkeypatch):
-    counted = []
-    monkeypatch.setattr(gpt2, "require_memory", counted.append)
-    monkeypatch.setattr(gpt2, "choose_shards", lambda *args: 3)
-    assert train(TINY, "--steps 1") == 0
-    activations, parameters = (gpt2.count(table) for table in (
-        gpt2.activation_table(TINY_CONFIG, 6, 16), gpt2.parameter_table(TINY_CONFIG)))
-    assert counted == [4 * (activations + 6 * parameters)]
 
 
 CONTENT = np.random.default_rng(0).bytes(300000)
@@ -1304,14 +1266,12 @@ def test_a_download_appears_whole_and_models_are_downloaded_by_name(server, monk
 # ------------------------------------------------------------------------------------------------
 # Several processes, under torchrun.
 
-def torchrun(*arguments, program=HERE / "train_gpt2.py"):
+def torchrun(*arguments, **options):
     """Two processes, started."""
     if sys.platform != "linux":
         pytest.skip("gloo is tested on Linux")
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    return subprocess.Popen([sys.executable, *launcher, program, *words(*arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    return start(*arguments, launcher=launcher, **options)
 
 
 def finish(process, succeeds=True):

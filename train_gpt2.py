@@ -173,9 +173,10 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     inp (N,C), weight (C,), bias (C,) -> out (N,C), mean (N,1), rstd (N,1). Ba et al. 2016, eq. 4.
     """
-    mean[...] = inp.mean(axis=1, keepdims=True)
+    average = np.full((inp.shape[1], 1), 1 / inp.shape[1], inp.dtype)  # x @ average: means of rows
+    mean[...] = inp @ average
     shifted = inp - mean
-    rstd[...] = 1 / np.sqrt(np.vecdot(shifted, shifted)[:, None] / inp.shape[1] + 1e-5)
+    rstd[...] = 1 / np.sqrt(shifted**2 @ average + 1e-5)
     out[...] = shifted * rstd * weight + bias
 
 
@@ -213,13 +214,13 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
     >>> out.round(3), dx.round(3)
     (array([[-1.225,  0.   ,  1.225]]), array([[ 0.204, -0.408,  0.204]]))
     """
+    N, C = inp.shape
+    average, ones = np.full((C, 1), 1 / C, inp.dtype), np.ones(N, inp.dtype)
     xhat = (inp - mean) * rstd
-    dweight += (dout * xhat).sum(axis=0)
-    dbias += dout.sum(axis=0)
+    dweight += ones @ (dout * xhat)  # the sum over the rows
+    dbias += ones @ dout
     dxhat = dout * weight
-    mean_dxhat = dxhat.mean(axis=1, keepdims=True)
-    mean_dxhat_xhat = np.vecdot(dxhat, xhat)[:, None] / inp.shape[1]
-    dinp[...] = rstd * (dxhat - mean_dxhat - xhat * mean_dxhat_xhat)
+    dinp[...] = rstd * (dxhat - dxhat @ average - xhat * ((dxhat * xhat) @ average))
 
 
 def linear_forward(out, inp, weight, bias=None):
