@@ -1090,7 +1090,7 @@ def test_help_has_every_option_and_a_closed_pipe_ends_it_quietly(tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     for text in ["(default: out)", *(f"--{x[0]}" for x in gpt2.OPTIONS if len(x) == 5)]:
         assert text in result.stdout
-    assert "(default: 5000 or, for gpt2, 1000)" in " ".join(result.stdout.split())
+    assert "(default: 5500 or, for gpt2, 1000)" in " ".join(result.stdout.split())
     if os.name == "posix":
         reading, writing = os.pipe()
         os.close(reading)

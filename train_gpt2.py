@@ -1493,7 +1493,7 @@ OPTIONS = [  # titles of groups; and options: name, type or choices, lowest valu
     ("init_from", str, None, None, "start from the weights in the folder of a model or a run, or "
      "from OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl; without --steps, only sample"),
     ("resume", bool, None, None, "continue the run in --out with its options, except those given"),
-    ("steps", int, 0, (5000, 1000), "training steps; 0 only validates and samples"),
+    ("steps", int, 0, (5500, 1000), "training steps; 0 only validates and samples"),
     ("prompt", str, None, None, "text that samples continue"),
     ("out", str, None, "out", "folder for log.csv and checkpoints"),
     "data: the tokens to train and validate on",
