@@ -1054,6 +1054,16 @@ def test_init_from_with_steps_trains_on_with_the_models_own_tokenizer_files(trai
     assert Path("out/step_000001/vocab.json").read_bytes() == b"my vocab.json\r\n"
 
 
+def test_options_come_from_the_preset(tmp_path):
+    saved_model(tmp_path, TINY_CONFIG)
+    for arguments, expected in ((["--seed", "1"], (3, 12, 5500, 3e-3, 0.99)),
+                                (["--model", "gpt2"], (12, 4, 1000, 3e-4, 0.95)),
+                                (["--model", "gpt2-xl"], (48, 4, 1000, 3e-4, 0.95)),
+                                (["--init_from", str(tmp_path)], (1, 4, 1000, 1e-4, 0.95))):
+        args, _ = gpt2.parse_arguments(arguments)
+        assert (args.n_layer, args.batch_size, args.steps, args.lr, args.beta2) == expected
+
+
 def test_a_sample_has_whole_characters_and_a_long_prompt_gets_a_note(monkeypatch, capsys):
     def generate(model, ids, *options):
         assert ids == [[*b"Oh, so long"]] and options == (3, 1, 2, 0.5, None)
@@ -1078,6 +1088,7 @@ def test_the_default_run_learns_and_is_the_same_on_any_number_of_threads(tmp_pat
     assert re.match(".*tinyshakespeare.* could not be downloaded.*pydoc_data", result.stdout)
     losses = [float(x) for x in re.findall(r"^step +\d+ \| val loss (\S+)", result.stdout, re.M)]
     assert len(losses) == 2 and losses[1] < 2.7 and len(samples(result.stdout)) == 1
+    assert gpt2.read_json(tmp_path / "out" / "step_000100" / "trainer.json")["shards"] == 4
     shutil.copytree(tmp_path / "out", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "step_000100")
     again = run("train_gpt2.py", "--resume --out again --threads 1", cwd=tmp_path)
