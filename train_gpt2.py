@@ -1296,7 +1296,7 @@ def load_checkpoint(folder, state):
                 f"CRC-32 has changed; remove {folder} to resume from the checkpoint before it")
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
-    model.step, model.n_shards = state["step"], state["shards"]
+    model.step = state["step"]
     return model
 
 
