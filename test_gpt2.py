@@ -1171,9 +1171,9 @@ def config(**changes):
 
 
 FROM_M, BAD = "--init_from m --prompt x", "--train_bin bad.bin --val_bin val.bin --steps 1"
-HUGE = gpt2.GPTConfig(257, 64, 10**9, 3, 1)  # parameters, gradients and two moments of 4 bytes
-GB = 4e-9 * (gpt2.count(gpt2.activation_table(HUGE, 12, 64))
-             + 4 * gpt2.count(gpt2.parameter_table(HUGE)))
+HUGE = gpt2.GPTConfig(257, 64, 10**5, 1, 1)  # parameters, two moments, gradients of two shards
+GB = 4e-9 * (gpt2.count(gpt2.activation_table(HUGE, 2000, 64))
+             + 5 * gpt2.count(gpt2.parameter_table(HUGE)))
 BAD_INPUT = [  # the command line, what the message says, what has to be there
     *[(f"--{x[0]} {x[2] - 1}", f"--{x[0]} must be (at least|from) {x[2]}.*, not {x[2] - 1}", None)
       for x in gpt2.OPTIONS if len(x) == 5 and x[2] is not None],
@@ -1204,7 +1204,8 @@ BAD_INPUT = [  # the command line, what the message says, what has to be there
     (f"{TINY} --val_bin *.bin --steps 0", "bad.bin: id 257 is outside the vocabulary of 257",
      lambda: write(Path("bad.bin"), [9, 257])),
     (BAD, "bad.bin.*check the path", lambda: Path("bad.bin").mkdir()),
-    (f"--n_embd {10**9} --n_head 1 {FILES}", f"need {GB:,.1f} GB .* has [0-9.,]+; lower", None)]
+    (f"--n_layer 1 --n_head 1 --n_embd {10**5} --batch_size 2000 --threads 2 {FILES}",
+     f"need {GB:,.1f} GB .* has [0-9.,]+; lower", None)]
 
 
 @pytest.mark.parametrize("arguments, message, making", BAD_INPUT)

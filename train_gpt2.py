@@ -1486,8 +1486,9 @@ MODELS = {"baby": {}, "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_e
           "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 FINE_TUNING = dict(lr=1e-4, min_lr=1e-5)
 HIGHEST = {"n_layer": 10000, "beta1": 0.99999, "beta2": 0.99999, "top_p": 1}
-OPTIONS = [  # titles of groups; and options: name, type or choices, lowest value, default (a pair
-    # has those of baby and of the larger models), help
+# Titles of groups, and options: name, type or choices, lowest value, default, help. Where the
+# default is a pair, its first value is for baby, its second for the larger models.
+OPTIONS = [
     "most used: what to train, and for how long",
     ("model", MODELS, None, "baby", "preset: architecture and hyperparameters"),
     ("init_from", str, None, None, "start from the weights in the folder of a model or a run, or "
