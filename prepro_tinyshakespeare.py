@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.24", "tiktoken"]
+# ///
 """Fill data/: download tinyshakespeare or GPT-2's weights, and turn a text into token files.
 
     python prepro_tinyshakespeare.py                       # data/tinyshakespeare_byte_*.bin
@@ -8,93 +12,81 @@ train_gpt2.py calls prepare and download_model when it finds that data/ lacks wh
 format of token files is described in data/README.md.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import os
-import queue
+import shlex
+import socket
+import subprocess
 import threading
-import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from train_gpt2 import (
-    DATA,
-    Tokenizer,
-    UserError,
-    require,
-    run_program,
-    say,
-    show_progress,
-    write_tokens,
-)
+import train_gpt2 as gpt2  # isort: skip # before numpy, whose BLAS it sets to one thread
+
+import numpy as np
 
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
             "data/tinyshakespeare/input.txt")
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MODEL_URL = "https://huggingface.co/openai-community/{}/resolve/main/{}"
-TIMEOUT = 8  # seconds without a byte after which a download is given up
+TIMEOUT = 8  # seconds without an answer after which a download is given up
 
 
-def download(url, path, way_out, sha256=None):
+def look_up(host):
+    """Raise OSError if the name of a host is not found in time; the system's look-up may hang."""
+    def ask():
+        with contextlib.suppress(OSError):  # urlopen will report it
+            socket.getaddrinfo(host, None)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    if thread.is_alive():
+        raise OSError(f"no answer within {TIMEOUT} seconds")
+
+
+def download(url, path, advice):
     """Download a file, with progress; it appears at `path` whole or not at all.
 
-    Raises UserError if the server is silent for TIMEOUT seconds, if the connection ends early, or
-    if the checksum is wrong. `way_out` tells the user what to do instead.
+    Raises UserError, which ends with the advice, if the server is silent for TIMEOUT seconds or the
+    connection ends early.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
+    unfinished = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest, done, blocks = hashlib.sha256(), 0, queue.Queue(maxsize=64)
-
-    def receive():  # in a thread, because looking up a name can take longer than any time-out
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                blocks.put(int(response.headers.get("Content-Length") or 0))
-                while block := response.read(1 << 16):
-                    blocks.put(block)
-                blocks.put(b"")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            blocks.put(error)
-
-    def next_block():
-        try:
-            block = blocks.get(timeout=TIMEOUT + 1)
-        except queue.Empty:
-            raise OSError(f"no answer within {TIMEOUT} seconds") from None
-        if isinstance(block, Exception):
-            raise block
-        return block
-    threading.Thread(target=receive, daemon=True).start()
+    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
+    done = 0
     try:
-        size, start = next_block(), time.monotonic()
-        with open(unfinished, "wb") as file:
-            while block := next_block():
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                seconds = max(time.monotonic() - start, 1e-3)
-                show_progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB, "
-                              f"{done / seconds / 1e6:.1f} MB/s")
-        show_progress("")
+        look_up(urllib.parse.urlsplit(proxy or url).hostname)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(unfinished, "wb") as file:
+                while block := response.read(1 << 16):
+                    file.write(block)
+                    done += len(block)
+                    gpt2.show_progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+        gpt2.show_progress("")
         if size and done != size:
             raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-        if sha256 not in (None, digest.hexdigest()):
-            raise OSError(f"the SHA-256 is {digest.hexdigest()}, not {sha256}")
         os.replace(unfinished, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(f"{url} could not be downloaded: {reason}; {way_out}") from None
+        raise gpt2.UserError(f"{url} could not be downloaded: {reason}; {advice}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def download_model(name):
     """Download OpenAI's weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl into data/NAME."""
-    for file in "config.json", "model.safetensors":
-        if not (DATA / name / file).exists():
-            say(f"downloading {MODEL_URL.format(name, file)}")
-            download(MODEL_URL.format(name, file), DATA / name / file, "or get it with "
-                     f"hf download openai-community/{name} --local-dir {DATA / name}")
+    folder = gpt2.DATA / name
+    with gpt2.locked(gpt2.DATA, wait=True):
+        for file in "config.json", "model.safetensors":
+            if not (folder / file).exists():
+                gpt2.say(f"downloading {MODEL_URL.format(name, file)}")
+                download(MODEL_URL.format(name, file), folder / file, "or get it with "
+                         f"hf download openai-community/{name} --local-dir {folder}")
 
 
 def tokenize(text, tokenizer):
@@ -108,13 +100,14 @@ def tokenize(text, tokenizer):
     if tokenizer.name == "byte":
         cut = int(len(text) * 0.9)
         return tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:])
-    ids, sections = [], text.split("\n\n")
+    ids = []
+    sections = text.split("\n\n")
     for i, section in enumerate(sections, 1):
         ids.append(tokenizer.eot_token)
-        ids.extend(tokenizer.encode(section + "\n\n" * (i < len(sections))))
+        ids.extend(tokenizer.encode(section + ("\n\n" if i < len(sections) else "")))
         if i % 1000 == 0:
-            show_progress(f"tokenizing: {i / len(sections):.0%}")
-    show_progress("")
+            gpt2.show_progress(f"tokenizing: {i / len(sections):.0%}")
+    gpt2.show_progress("")
     cut = min(32768, len(ids) // 10)
     return ids[cut:], ids[:cut]
 
@@ -124,56 +117,70 @@ def read_text(path):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    require(text, f"{path}: the file is empty; give one with text")
+        raise gpt2.UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    gpt2.require(text, f"{path}: the file is empty; give one with text")
     return text
 
 
 def write_text(text, name, tokenizer_name):
-    """Write the token files of a text, say how to use them; returns the two paths."""
-    paths = [DATA / f"{name}_{tokenizer_name}_{split}.bin" for split in ("train", "val")]
-    for path, ids in zip(paths, tokenize(text, Tokenizer(tokenizer_name))):
-        require(len(ids) > 1, f"{name}: {len(text)} characters are too few; give more text")
-        write_tokens(path, ids)
-        say(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens")
+    """Write the token files of a text; returns their paths. Never replaces those of another."""
+    parts = tokenize(text, gpt2.Tokenizer(tokenizer_name))
+    paths = [gpt2.DATA / f"{name}_{tokenizer_name}_{part}.bin" for part in ("train", "val")]
+    for path, ids in zip(paths, parts):
+        gpt2.require(len(ids) > 1, f"{name}: {len(text)} characters are too few; give more text")
+        same = not path.exists() or np.array_equal(np.fromfile(path, "<u2")[512:], ids)
+        gpt2.require(same, f"{path} has the tokens of another text; remove it, or give this text's "
+                     "file another name")
+    for path, ids in zip(paths, parts):
+        gpt2.write_tokens(path, ids)
+        gpt2.say(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens")
     return paths
 
 
 def tinyshakespeare():
     """The text of tinyshakespeare, from data/ or, if it is missing, from char-rnn's repository."""
-    path = DATA / "tinyshakespeare.txt"
+    path = gpt2.DATA / "tinyshakespeare.txt"
     if not path.exists():
-        download(TEXT_URL, path, f"download it in another way and save it as {path}", TEXT_SHA256)
+        download(TEXT_URL, path, f"download it in another way and save it as {path}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    gpt2.require(sha256 == TEXT_SHA256, f"{path} is another text: its SHA-256 is {sha256}, not "
+                 f"{TEXT_SHA256}; remove it, or give a text of your own as --text")
     return read_text(path)
 
 
 def prepare(tokenizer_name):
     """Make the token files of tinyshakespeare, or of a stand-in if it cannot be downloaded."""
-    name = "tinyshakespeare"
-    try:
-        text = tinyshakespeare()
-    except UserError as error:
-        from pydoc_data.topics import topics
-        say(f"{error}; for now, the text is Python's language reference (pydoc_data.topics)")
-        text, name = "\n\n".join(topics.values()), "pydoc"
-    return write_text(text, name, tokenizer_name)
+    with gpt2.locked(gpt2.DATA, wait=True):
+        name = "tinyshakespeare"
+        try:
+            text = tinyshakespeare()
+        except gpt2.UserError as error:
+            from pydoc_data.topics import topics
+            gpt2.say(f"{error}; for now, the text is Python's language reference "
+                     "(pydoc_data.topics)")
+            text = "\n\n".join(topics.values())
+            name = "pydoc"
+        return write_text(text, name, tokenizer_name)
 
 
 def main():
     """The program."""
     parser = argparse.ArgumentParser(description="Turn a text into token files in data/.")
-    parser.add_argument("--tokenizer", choices=Tokenizer.sizes, default="byte",
+    parser.add_argument("--tokenizer", choices=gpt2.Tokenizer.sizes, default="byte",
                         help="bytes, or GPT-2's 50,257 tokens (default: byte)")
     parser.add_argument("--text", metavar="FILE",
                         help="a UTF-8 text file (default: tinyshakespeare, downloaded if missing)")
     args = parser.parse_args()
-    if args.text is None:
-        write_text(tinyshakespeare(), "tinyshakespeare", args.tokenizer)
-    else:
-        train, val = write_text(read_text(args.text), Path(args.text).stem, args.tokenizer)
-        say(f"now run: python train_gpt2.py --train_bin {train} --val_bin {val} "
-            f"--tokenizer {args.tokenizer}")
+    with gpt2.locked(gpt2.DATA, wait=True):
+        if args.text is None:
+            write_text(tinyshakespeare(), "tinyshakespeare", args.tokenizer)
+            return
+        name = Path(args.text).stem
+        train, val = write_text(read_text(args.text), name, args.tokenizer)
+    join = shlex.join if os.name == "posix" else subprocess.list2cmdline
+    gpt2.say("now run: " + join(["python", "train_gpt2.py", "--train_bin", str(train), "--val_bin",
+                                 str(val), "--tokenizer", args.tokenizer, "--out", f"out_{name}"]))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    gpt2.run_program(main)

@@ -1,67 +1,98 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.24", "tiktoken"]
+# ///
 """Train GPT-2 in one file of NumPy: every forward and backward pass is written by hand.
 
     python train_gpt2.py                          # train a small GPT-2 on Shakespeare, byte by byte
     python train_gpt2.py --model gpt2 --steps 10  # train the 124M model on GPT-2's own tokens
     python train_gpt2.py --help
 
-There is no autograd and no framework: a network is a few flat arrays of numbers and, for every
-layer, one function that goes forward and one that goes backward.
+A network is a few flat arrays of numbers and, for every layer, one function that goes forward and
+one that goes backward.
 
 The task. A language model predicts the next token. A token is a byte of text, or a longer piece of
 a word; the program works with its number, the id. The network reads T tokens and gives, at every
 position, one score to each of the V tokens that may come next. These scores are called logits; the
-softmax function turns them into probabilities. The loss at a position is -log(probability of the
-token that did come next): how surprised the model is, in nats, the unit of the natural logarithm.
-So the targets are the ids moved by one:
+softmax function, exp(z_i) / sum_j exp(z_j), turns them into probabilities. The correct answers, the
+targets, are the ids shifted by one position:
 
     text      R   O   M   E   O   :
     ids      82  79  77  69  79
     targets  79  77  69  79  58
 
-Training computes the gradient of the mean loss, which says for every parameter how the loss changes
-with it, and moves all parameters a small step downhill; thousands of times, on other tokens.
+The target of position 0 is at position 1 of the same input. The network must not see it: the scores
+at a position depend only on the tokens up to there. If they did not, the network would learn to
+copy the answer. Its loss would fall to almost 0, and it could not continue a text, because after
+the last token there is nothing to copy.
+
+The loss at a position is -log(probability of the target): how surprised the model is, in nats, the
+unit of the natural logarithm. Guessing among V tokens costs log V nats, 5.55 for the 257 tokens of
+the default run (256 bytes and an end-of-text token). Predicting from how often each byte occurs
+costs 3.35, from how often it follows the byte before it 2.49; the default run ends near 1.6.
+
+Training computes the gradient of the mean loss, which tells how the loss changes with each
+parameter, and moves every parameter a small step downhill. It repeats this thousands of times, each
+time on different tokens.
+
+Letters, for the shapes of arrays:
+
+    B  sequences in a batch        C  channels: the numbers in the vector of a position
+    T  tokens in a sequence        H  attention heads, each of D = C/H channels
+    V  tokens in the vocabulary    L  blocks
+    N  = B*T positions; row b*T + t is position t of sequence b
+    K  outputs of a linear layer
+    S  positions that attention can read: T in training, more in sampling
 
 The network, with the shapes of what it computes:
 
     ids (B,T)
         | embedding: one vector for the token plus one for its position
-    x (N,C), the residual stream: every branch reads it and adds its result to it
-        |---- layernorm, linear, attention, linear ---+
-        + <-------------------------------------------+   these two branches are a block;
-        |---- layernorm, linear, GELU, linear --------+   there are L blocks
-        + <-------------------------------------------+
+    x (N,C), the residual stream: one vector for each position
+        |---- layernorm, linear, attention, linear ---+   a branch reads x and adds a correction;
+        + <-------------------------------------------+   it does not replace x
+        |---- layernorm, linear, GELU, linear --------+   these two branches are a block,
+        + <-------------------------------------------+   and there are L blocks
         | layernorm, linear
     logits (N,V)
         | cross-entropy with the targets
     losses (N,)
 
-    B  sequences in a batch        C  channels, the width of the residual stream
-    T  tokens in a sequence        H  attention heads, each of D = C/H channels
-    N  = B*T positions             L  blocks
-    V  tokens in the vocabulary    K  outputs of a linear layer
-    S  positions that attention may look at: T in training, more when sampling
-
 The rules:
+  - Gradients. dx is the gradient of the loss with respect to x, an array of the shape of x, with
+    dx_j = ∂loss/∂x_j. The letter d always means this; partial derivatives are written with ∂.
   - The chain rule. If a layer computes y from x, a change of x_j changes the loss through every y_i
-    that depends on x_j. So the gradients of the loss with respect to x and y are related by
+    that depends on x_j, so
         dx_j = sum_i dy_i ∂y_i/∂x_j.
-    A backward function computes dx from dy in this way. dx always is the gradient of the loss, an
-    array of the shape of x; ∂y_i/∂x_j is the partial derivative of one number by another.
-  - Functions write into arrays that they are given: outputs first, then inputs, then weights. So
-    memory is allocated once, and the same code runs in float32 and float64, as the arrays decide.
-  - Gradients of activations are written. Gradients of parameters are added to what is there: a
-    parameter that is used more than once (in several positions, layers or batches) gets the sum of
-    the gradients of all uses, again by the chain rule.
-  - All parameters lie in one flat array, so do all gradients and the optimizer's two moments. One
-    table has the names and shapes; a parameter is a view of its part of the array.
+    A backward function computes dx from dy in this way.
+  - Functions write into arrays given to them: outputs first, then inputs, then weights. The large
+    arrays are therefore allocated once, and the same code runs in float32 or float64, depending on
+    the arrays.
+  - An activation is an array that the network computes. A backward function overwrites the gradient
+    of an activation, but adds to the gradient of a parameter: a parameter that is used more than
+    once (in several positions, layers or batches) gets the sum of the gradients of all uses.
+  - All parameters live in one flat array; so do all gradients, and so does each of the optimizer's
+    two running averages. One table lists the names and shapes of the parameters; each parameter is
+    a view of its part of the flat array.
 
-Functions appear in the order in which data flows through them: layers, block and network, model,
-optimizer, sampling, tokens, training, checkpoints. Processes, threads and the command line come
-last; the rest can be read without them. test_gpt2.py compares every function with PyTorch.
+Functions appear in the order in which data flows through them, up to the training loop and
+sampling. The rest supports the loop. Start at Layers; the imports can be skipped. test_gpt2.py
+compares every layer, the network and the optimizer with PyTorch.
+
+Sources: Ba et al. 2016, Layer Normalization
+    Bishop 2006, Pattern Recognition and Machine Learning
+    Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness
+    Hendrycks & Gimpel 2016, Gaussian Error Linear Units (GELUs)
+    Holtzman et al. 2020, The Curious Case of Neural Text Degeneration
+    Loshchilov & Hutter 2017, SGDR; 2019, Decoupled Weight Decay Regularization
+    Radford et al. 2018, Improving Language Understanding by Generative Pre-Training
+    Radford et al. 2019, Language Models are Unsupervised Multitask Learners
+    Vaswani et al. 2017, Attention Is All You Need
 """
 import argparse
 import atexit
 import codecs
+import contextlib
 import datetime
 import functools
 import glob
@@ -73,33 +104,42 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
-# NumPy's BLAS must use one thread, as this file has threads of its own (see Threads). BLAS reads
-# these variables when it is loaded; afterwards they are removed, so other libraries keep theirs.
-_names = "OPENBLAS_NUM_THREADS MKL_NUM_THREADS BLIS_NUM_THREADS VECLIB_MAXIMUM_THREADS".split()
-_added = {name: "1" for name in _names if name not in os.environ}
-if "numpy" in sys.modules and not os.environ.keys() & {*_names, "OMP_NUM_THREADS"}:
+# NumPy's matrix products come from a library called BLAS. It must use one thread, as this file has
+# threads of its own (see Threads). It reads these variables when it is loaded; afterwards they are
+# restored, so that other libraries keep their settings.
+_names = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+          "VECLIB_MAXIMUM_THREADS"]
+_before = {name: os.environ[name] for name in _names if name in os.environ}
+if "numpy" in sys.modules and "1" not in _before.values():
     print("train_gpt2: numpy was imported first, so the threads of its BLAS compete with ours and "
           "steps take up to twice as long; import train_gpt2 before numpy", file=sys.stderr)
-os.environ.update(_added)
-import numpy as np  # noqa: E402
-
-if int(np.__version__.split(".")[0]) < 2:
-    print(f"NumPy {np.__version__} is too old; pip install 'numpy>=2'", file=sys.stderr)
+os.environ.update(dict.fromkeys(_names, "1"))
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    print("train_gpt2.py: error: NumPy is missing; pip install numpy", file=sys.stderr)
     sys.exit(2)
 np.ones((8, 8)) @ np.ones((8, 8))  # some BLAS libraries are loaded by the first product
-for _name in _added:
+for _name in _names:
     del os.environ[_name]
+os.environ.update(_before)
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: the message names the thing, its value, the way out."""
+    """An error that the user can fix; the message says what is wrong, the value, what to do."""
 
 
 def require(condition, message):
@@ -109,27 +149,41 @@ def require(condition, message):
 
 
 def by_rows(names, sums="", heads=False):
-    """Decorate a layer that treats all rows of its arrays alike, so that threads share the rows.
+    """Decorate a layer that processes each row by itself, so that threads can divide the rows.
 
-    Read a decorated function as if it got whole arrays: the result is the same. `names` lists the
-    arguments that are cut into blocks of rows (with heads=True, of sequences and heads); `sums`
-    lists arrays that the function adds to, such as dweight. All others are passed whole.
+    Read a decorated function as if it got whole arrays: the result is the same. (How: see Threads.)
+    `names` lists the arguments that are cut into blocks of rows, or of sequences and heads if
+    `heads` is true. `sums` lists arrays to which every block adds, such as dweight. All other
+    arguments are passed whole.
     """
     def decorate(function):
-        order = list(inspect.signature(function).parameters)
-        cut, summed = ([order.index(name) for name in x.split()] for x in (names, sums))
-        return functools.wraps(function)(
-            lambda *args: run_in_blocks(function, args, cut, summed, heads))
+        signature = inspect.signature(function)
+        order = list(signature.parameters)
+        cut = [order.index(name) for name in names.split()]
+        summed = [order.index(name) for name in sums.split()]
+
+        @functools.wraps(function)
+        def in_blocks(*args, **kwargs):
+            if kwargs:
+                args = signature.bind(*args, **kwargs).args
+            run_in_blocks(function, args, cut, summed, heads)
+        return in_blocks
     return decorate
 
 
 # ------------------------------------------------------------------------------------------------
 # Layers, each forward function directly above its backward function.
+#
+# The embedding turns every token into a vector. wte (word token embedding) has one vector for each
+# token of the vocabulary, wpe (word position embedding) one for each position; both are parameters,
+# learned like all others. The position has to be in the vector because attention, the only layer
+# that reads other positions, compares their contents and does not know their places.
 
 def embedding_forward(out, ids, wte, wpe):
     """The vector of each token plus the vector of its position: out_bt = wte[ids_bt] + wpe_t.
 
-    ids (B,T), wte (V,C), wpe (T or more,C) -> out (N,C). Radford et al. 2018, equation 2.
+    ids (B,T), wte (V,C), wpe (T or more,C) -> out (N,C). Ids must be below V: they are not checked.
+    Radford et al. 2018, equation 2.
     """
     B, T = ids.shape
     # out = wte[ids] + wpe[:T]
@@ -143,16 +197,16 @@ def embedding_forward(out, ids, wte, wpe):
 #     dwte_i = sum of dout_bt over all (b,t) with ids_bt = i,    dwpe_t = sum_b dout_bt
 #
 # `dwte[ids.ravel()] += dout` would be wrong without any error: when an id occurs twice, NumPy adds
-# only one of its gradients. Instead we sort the positions by id, sum each run of equal ids, and add
-# every sum to its row once.
+# only one of its gradients. np.add.at would be right, but sums of runs are faster: sort the
+# positions by id, sum each run of equal ids, and add every sum to its row.
 
 def embedding_backward(dwte, dwpe, dout, ids):
     """Add to dwte (V,C) and dwpe (T or more,C), from dout (N,C) and ids (B,T).
 
-    Sorting the ids 5 7 5 takes positions 0 2 1; in 5 5 7, runs start at 0 and at 2. Row 5 gets two
-    gradients:
+    Among the ids 5 7 5, row 5 gets two gradients, 1 and 100:
 
-    >>> dwte, dwpe = np.zeros((8, 1)), np.zeros((3, 1))
+    >>> dwte = np.zeros((8, 1))
+    >>> dwpe = np.zeros((3, 1))
     >>> embedding_backward(dwte, dwpe, np.array([[1.], [10.], [100.]]), np.array([[5, 7, 5]]))
     >>> dwte.ravel(), dwpe.ravel()
     (array([  0.,   0.,   0.,   0.,   0., 101.,   0.,  10.]), array([  1.,  10., 100.]))
@@ -161,62 +215,85 @@ def embedding_backward(dwte, dwpe, dout, ids):
     dwpe[:T] += dout.reshape(B, T, -1).sum(axis=0)
     order = np.argsort(ids, axis=None, kind="stable")
     sorted_ids = ids.ravel()[order]
-    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
+    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))  # where the id changes
     dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)
 
 
-@by_rows("out mean rstd inp")
-def layernorm_forward(out, mean, rstd, inp, weight, bias):
-    """Layer normalization: shift each row to mean 0, scale it to variance 1, apply weight and bias.
+# Layer normalization. The residual stream grows with every branch that adds to it; layernorm gives
+# every branch inputs of the same size.
 
-        out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + 1e-5)
+def normalize(x):
+    """Shift each row of x (N,C) to mean 0, scale it to variance 1 -> xhat (N,C), rstd (N,1).
 
-    inp (N,C), weight (C,), bias (C,) -> out (N,C), mean (N,1), rstd (N,1). Ba et al. 2016, eq. 4.
+    rstd is 1 over the standard deviation. 1e-5 keeps a constant row from dividing by 0.
     """
-    average = np.full((inp.shape[1], 1), 1 / inp.shape[1], inp.dtype)  # x @ average: means of rows
-    mean[...] = inp @ average
-    shifted = inp - mean
-    rstd[...] = 1 / np.sqrt(shifted**2 @ average + 1e-5)
-    out[...] = shifted * rstd * weight + bias
+    average = np.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)  # x @ average: means of rows,
+    shifted = x - x @ average                                    # faster than x.mean()
+    rstd = 1 / np.sqrt(shifted**2 @ average + 1e-5)
+    return shifted * rstd, rstd
+
+
+@by_rows("out inp")
+def layernorm_forward(out, inp, weight, bias):
+    """Layer normalization: normalize each row, then scale and shift each channel.
+
+        out = xhat * weight + bias,    xhat = (inp - mean) * rstd,    rstd = 1 / sqrt(var + 1e-5)
+
+    inp (N,C), weight (C,), bias (C,) -> out (N,C). Ba et al. 2016, equation 4.
+    """
+    xhat, _ = normalize(inp)
+    out[...] = xhat * weight + bias
 
 
 # In one row of C numbers, xhat_i = (x_i - mean) rstd and out_i = xhat_i weight_i + bias_i. Hence
 #
 #     dweight_i = dout_i xhat_i,    dbias_i = dout_i,    dxhat_i = dout_i weight_i,
 #
-# where dweight and dbias are summed over the rows, which share them. x_j affects xhat_i in three
-# ways: directly if i = j, through mean, and through rstd. Write [i=j] for 1 if i = j, else 0, and
-# eps for 1e-5. As var = 1/C sum_i (x_i - mean)^2,
+# and dweight and dbias are summed over the rows, because all rows use the same weight and bias. x_j
+# affects xhat_i in three ways: directly if i = j, through mean, and through rstd. Write [i=j] for 1
+# if i = j, else 0, and eps for 1e-5. As var = 1/C sum_i (x_i - mean)^2,
 #
-#     ∂mean/∂x_j   = 1/C
-#     ∂var/∂x_j    = 2/C sum_i (x_i - mean) ([i=j] - 1/C)
-#                  = 2/C (x_j - mean)                       since sum_i (x_i - mean) = 0
-#     ∂rstd/∂x_j   = -1/2 (var + eps)^(-3/2) ∂var/∂x_j = -1/2 rstd^3 ∂var/∂x_j = -1/C rstd^2 xhat_j
-#     ∂xhat_i/∂x_j = rstd ([i=j] - 1/C) + (x_i - mean) ∂rstd/∂x_j
-#                  = rstd ([i=j] - 1/C - xhat_i xhat_j / C)
+#     ∂mean/∂x_j         = 1/C
+#     ∂(x_i - mean)/∂x_j = [i=j] - 1/C
+#     ∂var/∂x_j          = 2/C sum_i (x_i - mean) ([i=j] - 1/C)
+#                        = 2/C (x_j - mean)                    since sum_i (x_i - mean) = 0
+#     ∂rstd/∂x_j         = -1/2 (var + eps)^(-3/2) ∂var/∂x_j
+#                        = -1/2 rstd^3 2/C (x_j - mean)
+#                        = -1/C rstd^2 xhat_j                  since xhat_j = (x_j - mean) rstd
+#     ∂xhat_i/∂x_j       = rstd ∂(x_i - mean)/∂x_j + (x_i - mean) ∂rstd/∂x_j
+#                        = rstd ([i=j] - 1/C) - 1/C rstd^2 (x_i - mean) xhat_j
+#                        = rstd ([i=j] - 1/C - 1/C xhat_i xhat_j)
 #
-# The chain rule sums over every xhat_i that x_j affects, dx_j = sum_i dxhat_i ∂xhat_i/∂x_j:
+# The chain rule sums over every xhat_i that x_j affects, dx_j = sum_i dxhat_i ∂xhat_i/∂x_j. With
+# avg(y) = 1/C sum_i y_i this is
 #
-#     dx_j = rstd (dxhat_j - mean(dxhat) - xhat_j mean(dxhat xhat))
+#     dx_j = rstd (dxhat_j - avg(dxhat) - xhat_j avg(dxhat xhat))
 #
-# One term for each way. Adding a number to the whole row does not change xhat, so the loss has no
-# slope in that direction: dx sums to 0, as the example shows.
+# with one term for each of the three ways. Adding a number to the whole row leaves xhat as it is,
+# and so does (but for eps) scaling the deviations from the mean. The loss does not change along
+# these two directions; dx is therefore orthogonal to both: sum_j dx_j = 0, sum_j dx_j xhat_j = 0.
 
-@by_rows("dinp dout inp mean rstd", sums="dweight dbias")
-def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight):
-    """Write dinp (N,C), which may be dout itself; add to dweight (C,) and dbias (C,).
+@by_rows("dinp dout inp", sums="dweight dbias")
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight):
+    """Write dinp (N,C), which may be the array dout; add to dweight (C,) and dbias (C,).
 
-    >>> (x, dout), (out, dx) = np.array([[[1., 2., 3.]], [[1., 0., 0.]]]), np.empty((2, 1, 3))
-    >>> mean, rstd = np.empty((2, 1, 1))
-    >>> weight, bias, dweight, dbias = np.ones(3), np.zeros(3), np.zeros(3), np.zeros(3)
-    >>> layernorm_forward(out, mean, rstd, x, weight, bias)
-    >>> layernorm_backward(dx, dweight, dbias, dout, x, mean, rstd, weight)
-    >>> out.round(3), dx.round(3)
-    (array([[-1.225,  0.   ,  1.225]]), array([[ 0.204, -0.408,  0.204]]))
+    The row 1, 2, 3 has mean 2 and rstd 1 / sqrt(2/3) = 1.225, so xhat = (-1.225, 0, 1.225). With
+    dout = dxhat = (1, 0, 0), avg(dxhat) = 1/3 and avg(dxhat xhat) = -0.408. So the first number of
+    dx is 1.225 (1 - 1/3 - (-1.225)(-0.408)) = 0.204, the second 1.225 (0 - 1/3 - 0) = -0.408:
+
+    >>> inp = np.array([[1., 2., 3.]])
+    >>> dout = np.array([[1., 0., 0.]])
+    >>> dinp = np.empty((1, 3))
+    >>> dweight = np.zeros(3)
+    >>> dbias = np.zeros(3)
+    >>> layernorm_backward(dinp, dweight, dbias, dout, inp, np.ones(3))
+    >>> dinp.round(3), dweight.round(3), dbias
+    (array([[ 0.204, -0.408,  0.204]]), array([-1.225,  0.   ,  0.   ]), array([1., 0., 0.]))
     """
     N, C = inp.shape
-    average, ones = np.full((C, 1), 1 / C, inp.dtype), np.ones(N, inp.dtype)
-    xhat = (inp - mean) * rstd
+    average = np.full((C, 1), 1 / C, inp.dtype)
+    ones = np.ones(N, inp.dtype)
+    xhat, rstd = normalize(inp)
     dweight += ones @ (dout * xhat)  # the sum over the rows
     dbias += ones @ dout
     dxhat = dout * weight
@@ -228,7 +305,15 @@ def linear_forward(out, inp, weight, bias=None):
 
     inp (N,C), weight (C,K), bias (K,) or None -> out (N,K).
     """
-    matmul(out, inp, weight, bias)  # read it as out[...] = inp @ weight + bias
+    matmul(out, inp, weight)  # read it as out[...] = inp @ weight
+    if bias is not None:
+        add_bias(out, bias)
+
+
+@by_rows("out")
+def add_bias(out, bias):
+    """Add bias (K,) to every row of out (N,K)."""
+    out += bias
 
 
 # out_nk = sum_c inp_nc weight_ck + bias_k has the partial derivatives ∂out_nk/∂inp_nc = weight_ck,
@@ -241,12 +326,22 @@ def linear_forward(out, inp, weight, bias=None):
 def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C); add to dweight (C,K) and to dbias (K,), if that is not None.
 
-    >>> inp, weight = np.array([[1., 2.]]), np.array([[3., 4.], [5., 6.]])
-    >>> (out, dinp), dweight, dbias = np.empty((2, 1, 2)), np.zeros((2, 2)), np.zeros(2)
-    >>> linear_forward(out, inp, weight)
-    >>> linear_backward(dinp, dweight, dbias, np.array([[1., 10.]]), inp, weight)
-    >>> out, dinp, dweight.tolist(), dbias
-    (array([[13., 16.]]), array([[43., 65.]]), [[1.0, 10.0], [2.0, 20.0]], array([ 1., 10.]))
+    dweight and dbias sum over the two rows; dinp has one row for each.
+
+    >>> inp = np.array([[1., 2.], [1., 0.]])
+    >>> weight = np.array([[3., 4.], [5., 6.]])
+    >>> out = np.empty((2, 2))
+    >>> linear_forward(out, inp, weight, np.array([100., 0.]))
+    >>> out
+    array([[113.,  16.],
+           [103.,   4.]])
+    >>> dout = np.array([[1., 10.], [100., 0.]])
+    >>> dinp = np.empty((2, 2))
+    >>> dweight = np.zeros((2, 2))
+    >>> dbias = np.zeros(2)
+    >>> linear_backward(dinp, dweight, dbias, dout, inp, weight)
+    >>> dinp.tolist(), dweight.tolist(), dbias.tolist()
+    ([[43.0, 65.0], [300.0, 500.0]], [[101.0, 10.0], [2.0, 20.0]], [101.0, 10.0])
     """
     matmul(dinp, dout, weight.T)
     matmul(dweight, inp.T, dout, add=True)  # dweight += inp.T @ dout
@@ -254,38 +349,63 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
         matmul(dbias.reshape(1, -1), np.ones((1, len(dout)), dout.dtype), dout, add=True)
 
 
-# Causal self-attention is the only layer in which positions exchange information. Three linear maps
-# of the residual stream, computed as one product, give every position t a query q_t, a key k_t and
-# a value v_t, each of D numbers. The query says what position t looks for, the key what a position
-# offers, the value what it passes on. Position t gets a weighted mean of values:
+# Causal self-attention is the only layer in which positions exchange information. In each of H
+# heads, a linear map of the normalized residual stream gives every position t a query q_t, a key
+# k_t and a value v_t, of D numbers each. The query says what position t looks for, the key what a
+# position offers, the value what it passes on. Position t gets a weighted mean of values:
 #
 #     1. score_ts = q_t · k_s / sqrt(D)                      how well the key s matches the query t
 #     2. att_ts   = exp(score_ts) / sum_r exp(score_tr)      softmax: positive weights of sum 1
 #     3. out_t    = sum_s att_ts v_s
 #
+# Every head has its own q, k and v, so a position can look for H things at once. The outputs of
+# the heads, side by side, are C numbers again; the next linear layer mixes them.
+#
+# Why sqrt(D)? q · k is a sum of D products. If their factors are independent, with mean 0 and
+# variance 1, the sum has variance D; divided by sqrt(D), scores have the same size for any D. With
+# large scores, softmax would begin with almost all the weight on one key, where its derivative,
+# att_s ([s=r] - att_r), is almost 0 (see below).
+#
 # The causal mask sets score_ts to minus infinity for s > t, so att_ts = 0 there: no position sees
-# what comes after it, and all T predictions can be trained at once. All this happens in H heads
-# side by side, each with D of the C channels: a position can look for H things at once.
+# its target, and one pass through the network trains all T predictions. Here is the matrix att of
+# a head of the default run that attends to the previous byte ("." is masked):
+#
+#     query \ key    R     O     M     E     O     :
+#         R         1.00   .     .     .     .     .
+#         O         0.98  0.02   .     .     .     .
+#         M         0.01  0.97  0.02   .     .     .
+#         E         0.00  0.03  0.96  0.01   .     .
+#         O         0.01  0.00  0.06  0.90  0.03   .
+#         :         0.11  0.00  0.00  0.01  0.85  0.03
 
 @functools.cache
-def causal_mask(t):
-    """A matrix (t,t): minus infinity above the diagonal, 0 elsewhere."""
-    return np.triu(np.full((t, t), -np.inf, np.float32), 1)
+def causal_mask(n):
+    """A matrix (n,n): minus infinity above the diagonal, 0 elsewhere."""
+    return np.triu(np.full((n, n), -np.inf, np.float32), 1)
 
 
 def score_blocks(q, k):
-    """Step 1 in blocks of queries: yields (slice of queries, slice of keys, scores (B,H,t,s)).
+    """Step 1 with the mask, in blocks of n queries: yields (queries, keys, scores).
 
-    A block needs only the keys up to its last query. More blocks need fewer keys; larger ones are
-    computed faster.
+    `queries` and `keys` are slices of positions; scores (B,H,n,number of keys). A single block of
+    all queries would be simpler; with S = T it is
+
+        scores = q @ k.swapaxes(2, 3) / sqrt(D) + causal_mask(T)      (B,H,T,T)
+
+    The queries are the last T of the S positions: query i stands at position S - T + i. A block
+    needs only the keys up to its last query. Smaller blocks skip more of the masked keys; larger
+    blocks run faster.
     """
-    T, S, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[3])
+    T, S = q.shape[2], k.shape[2]
+    scale = 1 / math.sqrt(q.shape[3])
     size = max(64, T // 8)
     for start in range(0, T, size):
-        t = min(size, T - start)
-        queries, keys = slice(start, start + t), slice(0, S - T + start + t)
+        stop = min(start + size, T)
+        queries = slice(start, stop)
+        keys = slice(0, S - T + stop)
         scores = (q[:, :, queries] * scale) @ k[:, :, keys].swapaxes(2, 3)
-        scores[..., -t:] += causal_mask(t)
+        n = stop - start
+        scores[..., -n:] += causal_mask(n)  # all queries of the block see the keys before these
         yield queries, keys, scores
 
 
@@ -293,20 +413,41 @@ def score_blocks(q, k):
 def attention_forward(out, lse, q, k, v):
     """Causal attention: out_t = sum_s softmax_s(q_t · k_s / sqrt(D)) v_s over the s up to t.
 
-    q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). The queries are the last T of S
-    positions: S = T in training, S > T with a KV cache (see Sampling). The backward pass needs
-    lse_t = log(sum_s exp(score_ts)), called log-sum-exp: with it, att_ts = exp(score_ts - lse_t)
-    can be recomputed. So every head keeps T numbers instead of a (T,S) matrix. Vaswani et al. 2017,
-    equation 1 and section 3.2.2; Dao et al. 2022 (FlashAttention), section 3.1.
+    q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). S = T in training; S > T in
+    sampling, where the keys and values of earlier positions are kept in an array, the KV cache. The
+    backward pass needs lse_t = log(sum_s exp(score_ts)), called log-sum-exp: with it,
+    att_ts = exp(score_ts - lse_t) can be recomputed. Every head therefore keeps T numbers instead
+    of a (T,S) matrix. Vaswani et al. 2017, equation 1, sections 3.2.1 and 3.2.2; Dao et al. 2022,
+    section 3.1.
+
+    One head with D = 1. The first query (9, but any would do) sees one key, so its att is 1. The
+    second has scores 0 and log 2, so its att is (1/3, 2/3), and out = 1/3 * 3 + 2/3 * 6 = 5:
+
+    >>> q = np.array([9., 1.]).reshape(1, 1, 2, 1)  # (B,H,T,D)
+    >>> k = np.array([0., np.log(2)]).reshape(1, 1, 2, 1)
+    >>> v = np.array([3., 6.]).reshape(1, 1, 2, 1)
+    >>> out = np.empty((1, 1, 2, 1))
+    >>> lse = np.empty((1, 1, 2, 1))
+    >>> attention_forward(out, lse, q, k, v)
+    >>> out.ravel().round(3)
+    array([3., 5.])
     """
     for queries, keys, att in score_blocks(q, k):
         # att = softmax(scores);  lse = log(sum(exp(scores)));  out = att @ v
         row_max = att.max(axis=-1, keepdims=True)
-        att -= row_max  # the largest exponential is exp(0), so none overflows
+        att -= row_max  # softmax stays the same; the largest exponential is exp(0): no overflow
         np.exp(att, out=att)
         row_sum = att.sum(axis=-1, keepdims=True)
         lse[:, :, queries] = row_max + np.log(row_sum)
         out[:, :, queries] = att @ v[:, :, keys] / row_sum
+
+
+def attention_weights(q, k, lse):
+    """The whole matrices att (B,H,T,S) of attention_forward, to look at (see the README)."""
+    att = np.zeros((*q.shape[:3], k.shape[2]), q.dtype)
+    for queries, keys, scores in score_blocks(q, k):
+        att[:, :, queries, keys] = np.exp(scores - lse[:, :, queries])
+    return att
 
 
 # The three steps backward, in one head:
@@ -322,22 +463,27 @@ def attention_forward(out, lse, q, k, v):
 #     1. score_ts = sum_d q_td k_sd / sqrt(D) is a matrix product again:
 #            dq_td = sum_s dscore_ts k_sd / sqrt(D),    dk_sd = sum_t dscore_ts q_td / sqrt(D)
 #
-# The causal mask needs no line of its own: a masked score has att = 0, and so dscore = 0.
+# The causal mask is added again where the scores are recomputed. It needs no other line: a masked
+# score has att = 0, and so dscore = 0.
 
 @by_rows("dq dk dv dout out lse q k v", heads=True)
 def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
     """Write dq (B,H,T,D), dk and dv (B,H,S,D); dout (B,H,T,D), the rest as in attention_forward.
 
-    One head with D = 1. The first query sees one key. The second has scores 0 and log 2, so att is
-    (1/3, 2/3), and out = 1/3 * 3 + 2/3 * 6 = 5. With dout = 1, datt = v = (3, 6); minus delta = 5
-    that is (-2, 1), times att it is dscore = (-2/3, 2/3). As q = 1, so is dk:
+    The example of attention_forward, with dout = 1 for the second query: datt = v = (3, 6). Minus
+    delta = dout * out = 5 this is (-2, 1), and times att it is dscore = (-2/3, 2/3). As q = 1, dk
+    is the same; dq = 2/3 log 2, because k = (0, log 2); and dv = att * dout = (1/3, 2/3):
 
-    >>> q, k, v = np.reshape([9, 1, 0, np.log(2), 3, 6], (3, 1, 1, 2, 1))
-    >>> out, lse, dq, dk, dv = np.empty((5, 1, 1, 2, 1))
-    >>> attention_forward(out, lse, q, k, v)
-    >>> attention_backward(dq, dk, dv, np.reshape([0., 1.], (1, 1, 2, 1)), out, lse, q, k, v)
-    >>> out.ravel().round(3), dk.ravel().round(3), dv.ravel().round(3)
-    (array([3., 5.]), array([-0.667,  0.667]), array([0.333, 0.667]))
+    >>> q = np.array([9., 1.]).reshape(1, 1, 2, 1)
+    >>> k = np.array([0., np.log(2)]).reshape(1, 1, 2, 1)
+    >>> v = np.array([3., 6.]).reshape(1, 1, 2, 1)
+    >>> out = np.array([3., 5.]).reshape(1, 1, 2, 1)
+    >>> lse = np.log([1., 1. + 2.]).reshape(1, 1, 2, 1)
+    >>> dout = np.array([0., 1.]).reshape(1, 1, 2, 1)
+    >>> dq, dk, dv = np.empty((3, 1, 1, 2, 1))
+    >>> attention_backward(dq, dk, dv, dout, out, lse, q, k, v)
+    >>> dq.ravel().round(3), dk.ravel().round(3), dv.ravel().round(3)
+    (array([0.   , 0.462]), array([-0.667,  0.667]), array([0.333, 0.667]))
     """
     scale = 1 / math.sqrt(q.shape[3])
     dk[...] = 0
@@ -349,51 +495,62 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
         dv[:, :, keys] += att.swapaxes(2, 3) @ dout_
         # dscore = att * (dout @ v.T - delta)
         dscore = dout_ @ v[:, :, keys].swapaxes(2, 3)
-        dscore -= np.vecdot(dout_, out_)[..., None]
+        dscore -= (dout_ * out_).sum(axis=-1, keepdims=True)
         dscore *= att
         dq[:, :, queries] = dscore @ k[:, :, keys] * scale
         dk[:, :, keys] += dscore.swapaxes(2, 3) @ (q_ * scale)
 
 
-# GELU is the nonlinear function between the two linear layers of a block; without it they would be
-# no more than one. In GPT-2 it is x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). The
-# sigmoid function s(z) = 1 / (1 + exp(-z)) equals (1 + tanh(z/2)) / 2, so GELU is x s(z) with
-# z = 2u = x (GELU_1 + GELU_3 x^2). This needs one exponential and is exact too.
+# GELU is the nonlinear function between the two linear layers of the second branch, which is called
+# the MLP (multilayer perceptron). Attention moves information between positions; the MLP computes
+# with it at each position by itself. Without a nonlinear function between them, the two linear
+# layers would collapse into a single one.
+#
+# GELU is x times the probability that a standard normal number is below x. GPT-2 approximates it as
+# x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). The sigmoid function
+# s(z) = 1 / (1 + exp(-z)) equals (1 + tanh(z/2)) / 2, so this is x s(z) with
+# z = 2u = x (GELU_1 + GELU_3 x^2): the same function, with one exponential instead of a tanh.
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
 
 
-def one_plus_exp(x):
-    """1 + exp(-z) for z = x (GELU_1 + GELU_3 x^2)."""
+def gelu_denominator(x):
+    """1 + exp(-z), the denominator of s(z), for z = x (GELU_1 + GELU_3 x^2)."""
     with np.errstate(over="ignore"):  # if exp overflows, x / inf = 0 is the correct limit
         return 1 + np.exp(x * (-GELU_1 - GELU_3 * x**2))
 
 
 @by_rows("out inp")
 def gelu_forward(out, inp):
-    """GELU: positive x pass, negative x are held back. out = x s(z) = x / (1 + exp(-z)).
+    """GELU passes large positive inputs almost unchanged, large negative ones hardly. out = x s(z).
 
     inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form.
     """
-    np.divide(inp, one_plus_exp(inp), out=out)
+    np.divide(inp, gelu_denominator(inp), out=out)
 
 
-# The sigmoid has the derivative ∂s/∂z = exp(-z) / (1 + exp(-z))^2 = s (1 - s). By the product rule
+# The sigmoid has the derivative ∂s/∂z = exp(-z) / (1 + exp(-z))^2 = s (1 - s), because
+# 1 - s = exp(-z) / (1 + exp(-z)). By the product rule
 #
 #     ∂out/∂x = s + x s (1 - s) ∂z/∂x = s (1 + (1 - s) x ∂z/∂x),    ∂z/∂x = GELU_1 + 3 GELU_3 x^2
 
 @by_rows("dinp dout inp")
 def gelu_backward(dinp, dout, inp):
-    """Write dinp (N,K), which may be dout itself: dinp = dout * ∂out/∂x.
+    """Write dinp (N,K), which may be the array dout: dinp = dout * ∂out/∂x.
 
-    >>> out, dinp, inp = np.empty((1, 3)), np.empty((1, 3)), np.array([[-1., 0., 1.]])
+    At x = 0, ∂out/∂x = s = 1/2. At -x, z becomes -z and s becomes 1 - s; therefore
+    out(1) - out(-1) = 1, and the slopes at 1 and -1 add up to 1:
+
+    >>> inp = np.array([[-1., 0., 1.]])
+    >>> out = np.empty((1, 3))
+    >>> dinp = np.empty((1, 3))
     >>> gelu_forward(out, inp)
     >>> gelu_backward(dinp, np.ones((1, 3)), inp)
-    >>> out.round(3), dinp.round(3)  # at x = 0, ∂out/∂x = s = 1/2
+    >>> out.round(3), dinp.round(3)
     (array([[-0.159,  0.   ,  0.841]]), array([[-0.083,  0.5  ,  1.083]]))
     """
-    s = 1 / one_plus_exp(inp)
+    s = 1 / gelu_denominator(inp)
     slope = s * (1 + (1 - s) * inp * (GELU_1 + 3 * GELU_3 * inp**2))
     np.multiply(dout, slope, out=dinp)
 
@@ -416,16 +573,23 @@ def crossentropy_forward(losses, lse, logits, targets):
 
 # ∂lse/∂logits_j = exp(logits_j) / sum_i exp(logits_i) = probs_j, and ∂logits_target/∂logits_j is 1
 # if j is the target, else 0. So softmax and logarithm together have a simple derivative, the
-# predicted probability minus 1 for the target: ∂loss/∂logits_j = probs_j - [j=target].
+# predicted probability, minus 1 for the target: ∂loss/∂logits_j = probs_j - [j=target]. With dloss,
+# the derivative of the mean loss with respect to the loss at this position,
+#
+#     dlogits_j = dloss (probs_j - [j=target])
 
 @by_rows("dlogits lse logits targets")
 def crossentropy_backward(dlogits, dloss, lse, logits, targets):
-    """Write dlogits (N,V), which may be logits itself. dloss is a number, the same for all losses.
+    """Write dlogits (N,V), which may be the array logits. dloss is a number, the same for all rows.
 
-    Logits 0, log 2, 0 are probabilities 1/4, 1/2, 1/4. A target of probability 1/2 costs log 2:
+    It is 1/N if the loss is the mean over N positions. Here N = 1. Logits 0, log 2, 0 give the
+    probabilities 1/4, 1/2, 1/4; a target of probability 1/2 costs log 2:
 
-    >>> logits, target = np.array([[0., np.log(2), 0.]]), np.array([1])
-    >>> losses, lse, dlogits = np.empty(1), np.empty((1, 1)), np.empty((1, 3))
+    >>> logits = np.array([[0., np.log(2), 0.]])
+    >>> target = np.array([1])
+    >>> losses = np.empty(1)
+    >>> lse = np.empty((1, 1))
+    >>> dlogits = np.empty((1, 3))
     >>> crossentropy_forward(losses, lse, logits, target)
     >>> crossentropy_backward(dlogits, 1.0, lse, logits, target)
     >>> losses.round(3), dlogits.round(3)
@@ -438,370 +602,134 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 
 
 # ------------------------------------------------------------------------------------------------
-# The block and the network. The activations of a block are in a dict `a`:
+# The block and the network. `a` has the activations of a block:
 #
 #     x, out      (N,C)      the residual stream before and after the block
 #     x_mid       (N,C)      the residual stream between the two branches
-#     ln_1, ln_2  (N,C)      output of the first and second layernorm (*)
-#     ln_1.stats  (2,N,1)    mean and rstd of the first layernorm; ln_2.stats of the second (*)
-#     qkv         (N,3C)     queries, keys and values side by side; q, k, v (B,H,T,D) are its views
+#     ln_1, ln_2  (N,C)      output of the first and second layernorm
+#     qkv         (N,3C)     queries, keys and values: in each row first q, then k, then v, and in
+#                            each of them head after head; q, k, v (B,H,T,D) are its views
 #     lse         (B,H,T,1)  log-sum-exp of attention
-#     att         (N,C)      output of attention; heads (B,H,T,D) is a view of it
-#     hidden      (N,4C)     the MLP (multilayer perceptron) between its two linear layers
-#     gelu        (N,4C)     GELU of hidden (*)
+#     attended    (N,C)      output of attention, head after head; heads (B,H,T,D) is its view
+#     hidden      (N,4C)     the MLP between its two linear layers (4 is GPT-2's choice)
+#     gelu        (N,4C)     GELU of hidden
 #
-# The arrays marked (*) are cheap to recompute from the others. So in large models all blocks share
-# one of each, and the backward pass recomputes them. p has the parameters of a block, a pair
-# (weight, bias) for each layer, and g has their gradients.
+# and, for the backward pass, arrays shared by all blocks:
+#
+#     dx          (N,C)      gradient of the residual stream; each branch adds to it
+#     dbranch     (N,C)      gradient of each array (N,C) of a branch in turn; dheads is its view
+#     dhidden     (N,4C)     gradient of gelu, then of hidden
+#     dqkv        (N,3C)     gradient of qkv; dq, dk, dv are its views
+#
+# `p` has the parameters of a block and `g` their gradients, both under GPT-2's names; each layer is
+# a pair (weight, bias). attn.c_attn makes queries, keys and values; attn.c_proj mixes the heads;
+# mlp.c_fc widens C to 4C; mlp.c_proj goes back to C.
 
 def block_forward(a, p, cache=None):
-    """One block, x -> out, with a KV cache (2,B,H,S,D) if there is one (see Sampling).
+    """One block, a.x -> a.out. With a KV cache (B,2,H,S,D), attention uses its keys and values too.
 
-    Radford et al. 2019, section 2.3: the layernorms are inside the branches.
+    The layernorms are inside the branches, so the path from out back to x is a plain sum. Radford
+    et al. 2019, section 2.3.
     """
-    layernorm_forward(a["ln_1"], *a["ln_1.stats"], a["x"], *p["ln_1"])       # (N,C)
-    linear_forward(a["qkv"], a["ln_1"], *p["attn.c_attn"])                   # (N,3C)
-    k, v = a["k"], a["v"]                                                    # (B,H,T,D)
+    layernorm_forward(a.ln_1, a.x, *p.ln_1)                   # (N,C)
+    linear_forward(a.qkv, a.ln_1, *p.attn.c_attn)             # (N,3C)
+    k, v = a.k, a.v                                           # (B,H,T,D)
     if cache is not None:
-        cache[..., -k.shape[2]:, :] = k, v
-        k, v = cache                                                         # (B,H,S,D)
-    attention_forward(a["heads"], a["lse"], a["q"], k, v)                    # (B,H,T,D)
-    linear_forward(a["x_mid"], a["att"], *p["attn.c_proj"])                  # (N,C)
-    a["x_mid"] += a["x"]
-    layernorm_forward(a["ln_2"], *a["ln_2.stats"], a["x_mid"], *p["ln_2"])   # (N,C)
-    linear_forward(a["hidden"], a["ln_2"], *p["mlp.c_fc"])                   # (N,4C)
-    gelu_forward(a["gelu"], a["hidden"])                                     # (N,4C)
-    linear_forward(a["out"], a["gelu"], *p["mlp.c_proj"])                    # (N,C)
-    a["out"] += a["x_mid"]
+        T = k.shape[2]
+        cache[..., -T:, :] = np.stack([k, v], axis=1)  # the last T of S positions
+        k, v = cache[:, 0], cache[:, 1]                       # (B,H,S,D)
+    attention_forward(a.heads, a.lse, a.q, k, v)              # (B,H,T,D)
+    linear_forward(a.x_mid, a.attended, *p.attn.c_proj)       # (N,C)
+    a.x_mid += a.x
+    layernorm_forward(a.ln_2, a.x_mid, *p.ln_2)               # (N,C)
+    linear_forward(a.hidden, a.ln_2, *p.mlp.c_fc)             # (N,4C)
+    gelu_forward(a.gelu, a.hidden)                            # (N,4C)
+    linear_forward(a.out, a.gelu, *p.mlp.c_proj)              # (N,C)
+    a.out += a.x_mid
 
 
 # A branch computes out = x + f(x), so ∂out_i/∂x_j = [i=j] + ∂f_i/∂x_j, and the chain rule gives
-# dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of the output, plus the same gradient taken
-# backward through the branch. The first term reaches every block unchanged, which is why deep
-# networks can be trained. In the code, dx is one array for the whole residual stream, to which
-# each branch adds its part.
+# dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of the output, plus what comes back through
+# the branch. Because of the first term, the gradient of the last out reaches every block as it is.
+# Without it, the gradient would be multiplied by 2L matrices ∂f/∂x, one after another, and would
+# shrink or grow exponentially. In the code, dx is one array for the whole residual stream.
 
-def block_backward(dx, g, a, p):
-    """Turn dx (N,C), the gradient of out, into the gradient of x; add to the gradients g."""
-    dbranch, dhidden = a["dbranch"], a["dhidden"]
-    if a["recompute"]:
-        layernorm_forward(a["ln_1"], *a["ln_1.stats"], a["x"], *p["ln_1"])
-        layernorm_forward(a["ln_2"], *a["ln_2.stats"], a["x_mid"], *p["ln_2"])
-        gelu_forward(a["gelu"], a["hidden"])
-    linear_backward(dhidden, *g["mlp.c_proj"], dx, a["gelu"], p["mlp.c_proj"][0])        # (N,4C)
-    gelu_backward(dhidden, dhidden, a["hidden"])                                         # (N,4C)
-    linear_backward(dbranch, *g["mlp.c_fc"], dhidden, a["ln_2"], p["mlp.c_fc"][0])       # (N,C)
-    layernorm_backward(dbranch, *g["ln_2"], dbranch, a["x_mid"], *a["ln_2.stats"], p["ln_2"][0])
-    dx += dbranch                                                                        # (N,C)
-    linear_backward(dbranch, *g["attn.c_proj"], dx, a["att"], p["attn.c_proj"][0])       # (N,C)
-    attention_backward(a["dq"], a["dk"], a["dv"], a["dheads"],                       # (B,H,T,D)
-                       a["heads"], a["lse"], a["q"], a["k"], a["v"])
-    linear_backward(dbranch, *g["attn.c_attn"], a["dqkv"], a["ln_1"], p["attn.c_attn"][0])
-    layernorm_backward(dbranch, *g["ln_1"], dbranch, a["x"], *a["ln_1.stats"], p["ln_1"][0])
-    dx += dbranch                                                                        # (N,C)
+def block_backward(g, a, p):
+    """Turn a.dx (N,C), the gradient of a.out, into that of a.x; add to the gradients g.
+
+    At the end of each line: the array whose gradient it computes.
+    """
+    linear_backward(a.dhidden, *g.mlp.c_proj, a.dx, a.gelu, p.mlp.c_proj.weight)     # gelu
+    gelu_backward(a.dhidden, a.dhidden, a.hidden)                                    # hidden
+    linear_backward(a.dbranch, *g.mlp.c_fc, a.dhidden, a.ln_2, p.mlp.c_fc.weight)    # ln_2
+    layernorm_backward(a.dbranch, *g.ln_2, a.dbranch, a.x_mid, p.ln_2.weight)        # x_mid
+    a.dx += a.dbranch
+    linear_backward(a.dbranch, *g.attn.c_proj, a.dx, a.attended, p.attn.c_proj.weight)  # attended
+    attention_backward(a.dq, a.dk, a.dv, a.dheads, a.heads, a.lse, a.q, a.k, a.v)    # q, k, v
+    linear_backward(a.dbranch, *g.attn.c_attn, a.dqkv, a.ln_1, p.attn.c_attn.weight)    # ln_1
+    layernorm_backward(a.dbranch, *g.ln_1, a.dbranch, a.x, p.ln_1.weight)            # x
+    a.dx += a.dbranch
 
 
 # The network: embedding, blocks, a last layernorm, and a linear layer that gives the logits. That
-# layer uses the embedding as its weights, logits = x @ wte.T (tied weights): a token gets a high
-# logit if x points in the direction of the token's own vector.
+# layer uses the embedding as its weights, logits = ln_f @ wte.T (tied weights): a token gets a high
+# logit if ln_f points in the direction of the token's own vector. A block's out is the next block's
+# x, the same array. `a` has the list of the blocks' activations, a.h, and besides
+#
+#     x, out (N,C)      x of the first block, out of the last
+#     ln_f   (N,C)      output of the last layernorm
+#     logits (N,V)      in the backward pass, their gradient overwrites this largest array
+#     lse, losses       (N,1) and (N,), of cross-entropy
+#     dx     (N,C)      the array shared by the blocks
 
-def network_forward(a, p, ids, targets=None, past=0, cache=None):
-    """ids (B,T) -> a["logits"] (N,V), and with targets (B,T) also a["losses"] (N,).
+def network_forward(a, p, ids, targets=None, cache=None):
+    """ids (B,T) -> a.logits (N,V), and with targets (B,T) also a.losses (N,).
 
-    With a KV cache (L,2,B,H,S,D), `past` of the S = past + T positions were computed before.
+    With a KV cache (B,L,2,H,S,D), ids are the last T of S positions.
     """
-    (wte,), (wpe,) = p["wte"], p["wpe"]
-    embedding_forward(a["x"], ids, wte, wpe[past:])                          # (N,C)
-    for i, (a_block, p_block) in enumerate(zip(a["blocks"], p["blocks"])):
-        block_forward(a_block, p_block, None if cache is None else cache[i])  # (N,C)
-    layernorm_forward(a["ln_f"], *a["ln_f.stats"], a["out"], *p["ln_f"])     # (N,C)
-    linear_forward(a["logits"], a["ln_f"], wte.T)                            # (N,V)
+    past = 0 if cache is None else cache.shape[-2] - ids.shape[1]  # positions before ids
+    embedding_forward(a.x, ids, p.wte.weight, p.wpe.weight[past:])                   # (N,C)
+    for i in range(len(a.h)):
+        block_forward(a.h[i], p.h[i], None if cache is None else cache[:, i])        # (N,C)
+    layernorm_forward(a.ln_f, a.out, *p.ln_f)                                        # (N,C)
+    linear_forward(a.logits, a.ln_f, p.wte.weight.T)                                 # (N,V)
     if targets is not None:
-        crossentropy_forward(a["losses"], a["logits.lse"], a["logits"], targets.ravel())  # (N,)
+        crossentropy_forward(a.losses, a.lse, a.logits, targets.ravel())             # (N,)
 
 
-# wte is used twice, so it gets two gradients: from the logits at the beginning, from the embedding
-# at the end. The logits are the largest array; their gradient overwrites them.
+# wte is used twice, so it receives two gradients: one from the logits, when the backward pass
+# starts, and one from the embedding, when it ends.
 
 def network_backward(g, a, p, ids, targets, dloss):
-    """Add to the gradients g; dloss is the gradient of every single loss, a number."""
-    ((wte,), (dwte,), (dwpe,)), dx = (p["wte"], g["wte"], g["wpe"]), a["dx"]
-    crossentropy_backward(a["logits"], dloss, a["logits.lse"], a["logits"], targets.ravel())
-    linear_backward(dx, dwte.T, None, a["logits"], a["ln_f"], wte.T)         # (N,C)
-    layernorm_backward(dx, *g["ln_f"], dx, a["out"], *a["ln_f.stats"], p["ln_f"][0])
-    for g_block, a_block, p_block in reversed([*zip(g["blocks"], a["blocks"], p["blocks"])]):
-        block_backward(dx, g_block, a_block, p_block)                        # (N,C)
-    embedding_backward(dwte, dwpe, dx, ids)
+    """Add to the gradients g. dloss = ∂(mean loss)/∂(loss of one position), as in cross-entropy."""
+    wte = p.wte.weight
+    dwte = g.wte.weight
+    dlogits = a.logits
+    crossentropy_backward(dlogits, dloss, a.lse, a.logits, targets.ravel())          # (N,V)
+    linear_backward(a.dx, dwte.T, None, dlogits, a.ln_f, wte.T)                      # (N,C)
+    layernorm_backward(a.dx, *g.ln_f, a.dx, a.out, p.ln_f.weight)                    # (N,C)
+    for i in reversed(range(len(a.h))):
+        block_backward(g.h[i], a.h[i], p.h[i])                                       # (N,C)
+    embedding_backward(dwte, g.wpe.weight, a.dx, ids)
 
 
 # ------------------------------------------------------------------------------------------------
-# The model: a table of names and shapes, and flat arrays that hold all numbers.
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            require(type(value) is int and value > 0,
-                    f"{name} is {value!r}; it must be a whole number above 0")
-        require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} does not divide into n_head "
-                f"{self.n_head} heads; choose a multiple")
-
-
-def parameter_table(config):
-    """{name: shape} of all parameters, under GPT-2's own names; weights are (inputs, outputs).
-
-    Matrices come first: only they decay in AdamW, and so they are one slice of a flat array.
-    """
-    C = config.n_embd
-    table = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_positions, C)}
-    for h in (f"h.{i}" for i in range(config.n_layer)):
-        table |= {f"{h}.ln_1.weight": (C,), f"{h}.ln_1.bias": (C,),
-                  f"{h}.attn.c_attn.weight": (C, 3 * C), f"{h}.attn.c_attn.bias": (3 * C,),
-                  f"{h}.attn.c_proj.weight": (C, C), f"{h}.attn.c_proj.bias": (C,),
-                  f"{h}.ln_2.weight": (C,), f"{h}.ln_2.bias": (C,),
-                  f"{h}.mlp.c_fc.weight": (C, 4 * C), f"{h}.mlp.c_fc.bias": (4 * C,),
-                  f"{h}.mlp.c_proj.weight": (4 * C, C), f"{h}.mlp.c_proj.bias": (C,)}
-    table |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    return dict(sorted(table.items(), key=lambda item: -len(item[1])))
-
-
-MAX_KEPT = 1 << 26  # parameters of a small model, and elements that it keeps instead of recomputing
-
-
-def activation_table(config, B, T, for_backward=True):
-    """{name: shape}. The first axis is the block; its length is 1 if all blocks share one array.
-
-    Small models keep what large ones recompute. Without a backward pass nothing is kept.
-    """
-    N, C, H, L = B * T, config.n_embd, config.n_head, config.n_layer if for_backward else 1
-    small = max(count(parameter_table(config)), 6 * L * N * C) <= MAX_KEPT
-    kept = L if small else 1
-    table = {"x": (L + 1, N, C), "ln_1": (kept, N, C), "ln_1.stats": (kept, 2, N, 1),
-             "qkv": (L, N, 3 * C), "lse": (L, B, H, T, 1), "att": (L, N, C), "x_mid": (L, N, C),
-             "ln_2": (kept, N, C), "ln_2.stats": (kept, 2, N, 1), "hidden": (L, N, 4 * C),
-             "gelu": (kept, N, 4 * C), "ln_f": (1, N, C), "ln_f.stats": (1, 2, N, 1),
-             "logits": (1, N, config.vocab_size), "logits.lse": (1, N, 1), "losses": (1, N)}
-    if for_backward:
-        table |= {"dx": (1, N, C), "dbranch": (1, N, C), "dhidden": (1, N, 4 * C),
-                  "dqkv": (1, N, 3 * C)}
-    return table
-
-
-def count(table):
-    """The number of elements in a table."""
-    return sum(math.prod(shape) for shape in table.values())
-
-
-def views(flat, table):
-    """{name: view} of a flat array. d[name][...] = x writes to a view; d[name] = x replaces it."""
-    parts = np.split(flat, np.cumsum([math.prod(shape) for shape in table.values()])[:-1])
-    return {name: part.reshape(table[name]) for name, part in zip(table, parts)}
-
-
-def by_layer(arrays, n_layer):
-    """{"ln_f.weight": w, "ln_f.bias": b, ...} -> {"ln_f": [w, b], ..., "blocks": [{...}, ...]}.
-
-    The arrays of h.2.ln_1 are in blocks[2]["ln_1"].
-    """
-    layers = {"blocks": [{} for _ in range(n_layer)]}
-    for name, array in arrays.items():
-        block, layer = re.match(r"(?:h\.(\d+)\.)?(.*)\.", name).groups()
-        place = layers["blocks"][int(block)] if block else layers
-        place.setdefault(layer, []).append(array)
-    return layers
-
-
-class Shard:
-    """Some sequences of a batch (a slice), with activations and gradients of their own.
-
-    Sequences interact only through the sum of their gradients. So for small models each thread
-    takes a slice of the batch through the whole network; large models have a single shard.
-    """
-
-    def __init__(self, config, sequences, T, for_backward, flat_grads):
-        B, H, L = sequences.stop - sequences.start, config.n_head, config.n_layer
-        table = activation_table(config, B, T, for_backward)
-        arrays = views(np.empty(count(table), flat_grads.dtype), table)
-        blocks = [{name: x[i % len(x)] for name, x in arrays.items()} for i in range(L)]
-        for i, a in enumerate(blocks):
-            a["out"] = arrays["x"][(i + 1) % len(arrays["x"])]
-            a["recompute"] = len(arrays["gelu"]) < L
-            for name, heads in {"qkv": ["q", "k", "v"], "att": ["heads"],
-                                "dqkv": ["dq", "dk", "dv"], "dbranch": ["dheads"]}.items():
-                if name in a:  # (N, several C) -> several (B,H,T,D)
-                    x = a[name].reshape(B, T, len(heads), H, -1)
-                    a |= zip(heads, x.transpose(2, 0, 3, 1, 4))
-        self.sequences, self.flat_grads = sequences, flat_grads
-        self.a = blocks[-1] | {"x": blocks[0]["x"], "blocks": blocks}
-        self.g = by_layer(views(flat_grads, parameter_table(config)), L)
-
-
-class GPT2:
-    """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
-
-    params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table. A
-    batch is processed in at most n_shards shards. seed=None leaves the parameters to be filled.
-
-    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
-    >>> for step in range(30):
-    ...     loss = model.forward([[0, 1, 2]], targets=[[1, 2, 3]])
-    ...     model.backward()
-    ...     norm = model.update(lr=0.1)
-    >>> model.forward([[0, 1, 2]]).argmax(axis=-1)
-    array([[1, 2, 3]])
-    """
-
-    def __init__(self, config, dtype=np.float32, seed=1337):
-        self.config, table, self.n_shards, self.step = config, parameter_table(config), 1, 0
-        self.flat_params = np.empty(count(table), dtype)
-        self.flat_grads, self.flat_m, self.flat_v = np.zeros((3, self.flat_params.size), dtype)
-        self.params, self.grads = views(self.flat_params, table), views(self.flat_grads, table)
-        self.layers, self.layout, self.batch = by_layer(self.params, config.n_layer), None, None
-        rng = np.random.default_rng(seed)
-        for name, param in self.params.items() if seed is not None else ():
-            if param.ndim == 1:
-                param[...] = name.endswith(".weight")  # 1; biases are 0
-            else:
-                # A c_proj ends each of the 2L branches, whose results add up in the residual
-                # stream. Smaller ones keep the sum from growing with L (section 2.3).
-                rng.standard_normal(dtype=param.dtype, out=param)
-                param *= 0.02 / math.sqrt(2 * config.n_layer if "c_proj" in name else 1)
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=np.float32):
-        """The model in a folder in Hugging Face's format. Raises UserError if it is not a GPT-2."""
-        model = cls(read_config(folder), dtype, seed=None)
-        read_tensors(Path(folder) / "model.safetensors", model.params)
-        return model
-
-    def save_pretrained(self, folder):
-        """Write the files that transformers.GPT2LMHeadModel reads; returns the weights' CRC-32."""
-        folder, last = Path(folder), self.config.vocab_size - 1
-        config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(self.config),
-                  "bos_token_id": last, "eos_token_id": last}
-        limit = {"max_length": self.config.n_positions}  # for transformers' pipeline
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-        write_file(folder / "generation_config.json", json.dumps(limit).encode())
-        return write_tensors(folder / "model.safetensors",
-                             {f"transformer.{name}": x for name, x in self.params.items()})
-
-    def _checked(self, ids, name="ids"):
-        """ids as an array (B,T) of tokens that this model knows. Raises UserError otherwise."""
-        ids, V, context = np.asarray(ids), self.config.vocab_size, self.config.n_positions
-        require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
-                f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
-                f"{ids.dtype} {ids.shape}")
-        require(0 <= ids.min() and ids.max() < V,
-                f"{name} are in {ids.min()}..{ids.max()}, outside the vocabulary of {V} tokens")
-        return ids
-
-    def _run(self, ids, targets=None, for_backward=False, past=0, cache=None):
-        """The forward pass of all shards, which are laid out anew if the shape has changed."""
-        self.batch, (B, T) = (ids, targets) if for_backward else None, ids.shape
-        layout = B, T, for_backward, self.n_shards
-        if self.layout != layout:
-            self.layout, self.shards = layout, []  # frees the old activations first
-            for sequences in split(B, self.n_shards):
-                first = not self.shards or not for_backward
-                grads = self.flat_grads if first else np.zeros_like(self.flat_grads)
-                self.shards.append(Shard(self.config, sequences, T, for_backward, grads))
-
-        def forward(shard):
-            own = shard.sequences
-            network_forward(shard.a, self.layers, ids[own], None if targets is None
-                            else targets[own], past, None if cache is None else cache[:, :, own])
-        parallel(forward, self.shards)
-
-    def logits(self):
-        """The logits (B,T,V) of the last forward pass, as a new array."""
-        logits = np.concatenate([shard.a["logits"] for shard in self.shards])
-        return logits.reshape(*self.layout[:2], -1)
-
-    def forward(self, ids, targets=None, for_backward=True):
-        """ids (B,T) -> logits (B,T,V), a new array; with targets (B,T) -> the mean loss, a float.
-
-        With for_backward=False the loss takes a fraction of the memory. Raises UserError for ids or
-        targets that do not fit the model.
-        """
-        ids = self._checked(ids)
-        if targets is None:
-            self._run(ids)
-            return self.logits()
-        targets = self._checked(targets, "targets")
-        require(targets.shape == ids.shape, f"targets have shape {targets.shape}, ids {ids.shape}")
-        self._run(ids, targets, for_backward)
-        return float(np.concatenate([shard.a["losses"] for shard in self.shards]).mean())
-
-    def backward(self, dloss=1.0):
-        """Add dloss times the gradient of forward()'s loss to grads, which update() sets to 0.
-
-        Raises UserError unless a forward(ids, targets) came before; each serves one backward().
-        """
-        require(self.batch is not None, "backward() needs a forward(ids, targets) before each call")
-        (ids, targets), self.batch = self.batch, None
-
-        def backward(shard):
-            own = shard.sequences
-            network_backward(shard.g, shard.a, self.layers, ids[own], targets[own],
-                             dloss / ids.size)
-        parallel(backward, self.shards)
-        for shard in self.shards[1:]:
-            move(self.flat_grads, shard.flat_grads)
-
-    def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
-        """One step of AdamW, after which grads are 0; returns their global norm before clipping.
-
-        Clipping scales a gradient whose norm (length) is above grad_clip down to that length; 0
-        means never. Matrices decay, biases and layernorm weights do not. If the norm is not finite,
-        nothing changes.
-        """
-        total = np.zeros(1)
-        add_squares(total, self.flat_grads)
-        norm = math.sqrt(total[0])
-        if math.isfinite(norm):
-            self.step += 1
-            clip = min(1, grad_clip / (norm + 1e-6)) if grad_clip else 1
-            n = sum(param.size for param in self.params.values() if param.ndim == 2)
-            for part, decay in (slice(0, n), weight_decay), (slice(n, None), 0):
-                adamw(self.flat_params[part], self.flat_m[part], self.flat_v[part],
-                      self.flat_grads[part], self.step, lr, beta1, beta2, eps, decay, clip)
-        return norm
-
-
-@by_rows("total part")
-def move(total, part):
-    """Add part (n,) to total (n,), and set it to 0."""
-    total += part
-    part[...] = 0
-
-
-@by_rows("flat", sums="total")
-def add_squares(total, flat):
-    """Add the sum of flat (n,) ** 2 to total (1,)."""
-    total += np.dot(flat, flat)
-
-
-# ------------------------------------------------------------------------------------------------
-# The optimizer. Plain gradient descent moves every parameter against its gradient, p = p - lr g.
-# AdamW keeps two running averages for every parameter, called moments: m of its gradient, which
-# smooths the noise of single batches, and v of the gradient's square, which tells its usual size.
-# Dividing m by sqrt(v) makes steps of about lr whatever the size of the gradients, so one learning
-# rate serves all parameters. In step t = 1, 2, ... with the gradient g:
+# The optimizer. Plain gradient descent moves every parameter against its gradient, p = p - lr g,
+# where lr is the learning rate (in this section p is one parameter and g its gradient). AdamW keeps
+# two running averages for every parameter, called moments: m of its gradient, which smooths the
+# noise of single batches, and v of the gradient's square, which tells its usual size. Dividing m by
+# sqrt(v) makes steps of about lr whatever the size of the gradients, so one learning rate serves
+# all parameters; eps avoids a division by 0. In step t = 1, 2, ...:
 #
 #     m = beta1 m + (1 - beta1) g          mhat = m / (1 - beta1^t)
 #     v = beta2 v + (1 - beta2) g^2        vhat = v / (1 - beta2^t)
 #     p = p - lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
 #
-# m and v start at 0, so at first they are too small; mhat and vhat correct that. Weight decay pulls
-# parameters toward 0, so that only those stay large which the data keep large. The code works on m
-# and v directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
+# m and v start at 0, so at first they are too small. With the same g in every step, m would be
+# (1 - beta1) (1 + beta1 + ... + beta1^(t-1)) g = (1 - beta1^t) g. mhat divides by that factor, and
+# vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0; only parameters that the data keep
+# pushing away stay large. The code works on m and v directly: with root = sqrt(1 - beta2^t),
+# sqrt(vhat) = sqrt(v) / root, and so
 #
 #     lr mhat / (sqrt(vhat) + eps) = rate m / (sqrt(v) + root eps),   rate = lr root / (1 - beta1^t)
 
@@ -809,10 +737,13 @@ def add_squares(total, flat):
 def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
     """Update params, m and v (n,) in place with g = clip * grads, then set grads to 0.
 
-    Loshchilov & Hutter 2019, algorithm 2. In step 1 mhat = g and vhat = g^2, so every parameter
-    moves by lr, however large its gradient is (here by 0.01, and by 0.01 * 0.1 for the decay):
+    Loshchilov & Hutter 2019, algorithm 2, but lr multiplies the decay, too, as in PyTorch. In step
+    1 mhat = g and vhat = g^2, so every parameter moves by lr, however large its gradient is (here
+    by 0.01, and by 0.01 * 0.1 for the decay):
 
-    >>> params, m, v = np.ones(2), np.zeros(2), np.zeros(2)
+    >>> params = np.ones(2)
+    >>> m = np.zeros(2)
+    >>> v = np.zeros(2)
     >>> adamw(params, m, v, np.array([5., -0.1]), 1, 0.01, 0.9, 0.95, 1e-8, 0.1, 1)
     >>> params.round(6), m.round(6)
     (array([0.989, 1.009]), array([ 0.5 , -0.01]))
@@ -831,8 +762,8 @@ def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
 def learning_rate(step, steps, warmup, lr, min_lr):
     """The learning rate of a step in 1..steps: a line up to lr, then half a cosine down to min_lr.
 
-    The line up is the warm-up: AdamW's first steps have full size, although m and v then rest on
-    few batches, so lr starts small. Loshchilov & Hutter 2017, equation 5.
+    The line up is the warm-up. AdamW's first steps would be full-sized even though m and v are then
+    estimated from only a few batches, so lr starts small. Loshchilov & Hutter 2017, equation 5.
 
     >>> [round(learning_rate(step, 100, 20, 1.0, 0.2), 9) for step in (1, 10, 20, 60, 100)]
     [0.05, 0.5, 1.0, 0.6, 0.2]
@@ -844,22 +775,338 @@ def learning_rate(step, steps, warmup, lr, min_lr):
 
 
 # ------------------------------------------------------------------------------------------------
+# The model: a table of names and shapes, and flat arrays that hold all numbers.
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            require(type(value) is int and 0 < value < 2**32,
+                    f"{name} is {value!r:.20}; it must be a whole number above 0, below 2^32")
+        require(self.n_layer <= 10000, f"n_layer is {self.n_layer}; at most 10000 are possible")
+        require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} does not divide into n_head "
+                f"{self.n_head} heads; choose a multiple")
+
+
+def parameter_table(config):
+    """{name: shape} of all parameters, under GPT-2's own names; weights are (inputs, outputs).
+
+    Matrices come first, so that they form one slice: AdamW's weight decay is for matrices only.
+    """
+    C = config.n_embd
+    table = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_positions, C)}
+    for h in (f"h.{i}" for i in range(config.n_layer)):
+        table |= {f"{h}.ln_1.weight": (C,), f"{h}.ln_1.bias": (C,),
+                  f"{h}.attn.c_attn.weight": (C, 3 * C), f"{h}.attn.c_attn.bias": (3 * C,),
+                  f"{h}.attn.c_proj.weight": (C, C), f"{h}.attn.c_proj.bias": (C,),
+                  f"{h}.ln_2.weight": (C,), f"{h}.ln_2.bias": (C,),
+                  f"{h}.mlp.c_fc.weight": (C, 4 * C), f"{h}.mlp.c_fc.bias": (4 * C,),
+                  f"{h}.mlp.c_proj.weight": (4 * C, C), f"{h}.mlp.c_proj.bias": (C,)}
+    table |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return dict(sorted(table.items(), key=lambda item: -len(item[1])))  # 2 dimensions before 1
+
+
+def parameter_count(config):
+    """The number of parameters."""
+    return sum(math.prod(shape) for shape in parameter_table(config).values())
+
+
+def views(flat, table):
+    """{name: view} of a flat array: writing to views[name][...] writes to the array."""
+    parts = np.split(flat, np.cumsum([math.prod(shape) for shape in table.values()])[:-1])
+    return {name: part.reshape(table[name]) for name, part in zip(table, parts)}
+
+
+class Layer(NamedTuple):
+    """The parameters of one layer, or their gradients."""
+    weight: np.ndarray
+    bias: np.ndarray = None
+
+
+def by_layer(arrays):
+    """{"h.0.ln_1.weight": w, "h.0.ln_1.bias": b, ...} -> p, where p.h[0].ln_1 is Layer(w, b)."""
+    p = SimpleNamespace()
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in arrays):
+        *path, last = name.split(".")
+        place = p
+        for part in path:
+            place = vars(place).setdefault(part, SimpleNamespace())
+        setattr(place, last, Layer(arrays[f"{name}.weight"], arrays.get(f"{name}.bias")))
+    p.h = list(vars(p.h).values())
+    return p
+
+
+def activations(config, B, T, dtype):
+    """The arrays of a forward and backward pass of B sequences of T tokens, under their names."""
+    N, C, H, V = B * T, config.n_embd, config.n_head, config.vocab_size
+
+    def new(*shape):
+        return np.empty(shape, dtype)
+
+    def by_head(x):  # x (N,m*C), with m = 3 for qkv and 1 for the others -> m views (B,H,T,D)
+        return x.reshape(B, T, -1, H, C // H).transpose(2, 0, 3, 1, 4)
+    shared = dict(dx=new(N, C), dbranch=new(N, C), dhidden=new(N, 4 * C), dqkv=new(N, 3 * C))
+    first = x = new(N, C)
+    blocks = []
+    for _ in range(config.n_layer):
+        a = SimpleNamespace(
+            x=x, ln_1=new(N, C), qkv=new(N, 3 * C), lse=new(B, H, T, 1), attended=new(N, C),
+            x_mid=new(N, C), ln_2=new(N, C), hidden=new(N, 4 * C), gelu=new(N, 4 * C),
+            out=new(N, C), **shared)
+        a.q, a.k, a.v = by_head(a.qkv)
+        a.dq, a.dk, a.dv = by_head(a.dqkv)
+        [a.heads], [a.dheads] = by_head(a.attended), by_head(a.dbranch)
+        blocks.append(a)
+        x = a.out
+    return SimpleNamespace(h=blocks, x=first, out=x, ln_f=new(N, C), logits=new(N, V),
+                           lse=new(N, 1), losses=new(N), dx=shared["dx"])
+
+
+class GPT2:
+    """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
+
+    params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table.
+    A batch is processed in at most n_shards shards. Sequences interact only through the sum of
+    their gradients, so in small models each thread takes some of the sequences (a shard) through
+    the whole network, with activations and gradients of its own; large models have a single shard.
+    seed=None leaves the parameters uninitialized.
+
+    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
+    >>> for step in range(30):
+    ...     loss = model.forward([[0, 1, 2]], targets=[[1, 2, 3]])
+    ...     model.backward()
+    ...     norm = model.update(lr=0.1)
+    >>> model.forward([[0, 1, 2]]).argmax(axis=-1)
+    array([[1, 2, 3]])
+    """
+
+    def __init__(self, config, dtype=np.float32, seed=1337):
+        n = parameter_count(config)
+        self.config = config
+        self.n_shards = 1
+        self.step = 0
+        self.flat_params = np.empty(n, dtype)
+        self.flat_grads, self.flat_m, self.flat_v = np.zeros((3, n), dtype)
+        self._make_views()
+        if seed is not None:
+            self._initialize(np.random.default_rng(seed))
+
+    def _make_views(self):
+        table = parameter_table(self.config)
+        self.params = views(self.flat_params, table)
+        self.grads = views(self.flat_grads, table)
+        self.p = by_layer(self.params)
+        self.shape, self.shards = None, []  # of the activations
+        self.batch = None  # (ids, targets) between forward() and backward()
+        self.unfinished = False  # true while gradients change, and if an exception interrupts it
+
+    def _initialize(self, rng):
+        for name, param in self.params.items():
+            if param.ndim == 1:  # layernorm's weights are 1, biases 0
+                param[...] = 1 if name.endswith(".weight") else 0
+            else:
+                # 0.02 is GPT-2's. The residual stream adds up the results of 2L branches, each
+                # ending in a c_proj. Variances of independent numbers add, so the sum is sqrt(2L)
+                # times as large as one of them; c_proj's weights are divided by sqrt(2L).
+                rng.standard_normal(dtype=param.dtype, out=param)
+                param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
+
+    def __getstate__(self):  # copy.deepcopy and pickle take the flat arrays and make new views
+        names = ["config", "n_shards", "step", "flat_params", "flat_grads", "flat_m", "flat_v"]
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._make_views()
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=np.float32):
+        """The model in a folder in Hugging Face's format. Raises UserError if it is not a GPT-2."""
+        model = cls(read_config(folder), dtype, seed=None)
+        read_tensors(Path(folder) / "model.safetensors", model.params)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write the files that transformers.GPT2LMHeadModel.from_pretrained reads."""
+        folder = Path(folder)
+        last = self.config.vocab_size - 1
+        config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(self.config),
+                  "bos_token_id": last, "eos_token_id": last}
+        limit = {"max_length": self.config.n_positions}  # for transformers' pipeline
+        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        write_file(folder / "generation_config.json", json.dumps(limit).encode())
+        write_tensors(folder / "model.safetensors",
+                      {f"transformer.{name}": x for name, x in self.params.items()})
+
+    def _checked(self, ids, name="ids"):
+        """A copy of ids (B,T), if they are tokens that this model knows; otherwise UserError."""
+        ids, V, context = np.array(ids), self.config.vocab_size, self.config.n_positions
+        require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
+                f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
+                f"{ids.dtype} {ids.shape}")
+        require(0 <= ids.min() and ids.max() < V,
+                f"{name} are in {ids.min()}..{ids.max()}, outside the vocabulary of {V} tokens")
+        return ids.astype(np.intp)
+
+    def _make_shards(self, B, T):
+        """Allocate activations, and gradients for all shards but the first, which uses ours."""
+        self.shape, self.shards = None, []  # frees the old ones first
+        shards = []
+        for sequences in split(B, self.n_shards):
+            grads = np.zeros_like(self.flat_grads) if shards else self.flat_grads
+            shards.append(SimpleNamespace(
+                sequences=sequences, flat_grads=grads,
+                g=by_layer(views(grads, parameter_table(self.config))),
+                a=activations(self.config, sequences.stop - sequences.start, T, grads.dtype)))
+        self.shape, self.shards = (B, T, self.n_shards), shards
+
+    def forward(self, ids, targets=None, cache=None):
+        """ids (B,T) -> logits (B,T,V), a new array; with targets (B,T) -> the mean loss, a float.
+
+        With a KV cache (B,L,2,H,S,D), ids are the last T of S positions (see generate). Raises
+        UserError for ids or targets that do not fit the model.
+        """
+        self.batch = None
+        ids = self._checked(ids)
+        if targets is not None:
+            targets = self._checked(targets, "targets")
+            require(targets.shape == ids.shape,
+                    f"targets have shape {targets.shape}, ids {ids.shape}; they must be equal")
+        if self.shape != (*ids.shape, self.n_shards):
+            self._make_shards(*ids.shape)
+
+        def forward(shard):
+            network_forward(shard.a, self.p, *(
+                None if x is None else x[shard.sequences] for x in (ids, targets, cache)))
+        parallel(forward, self.shards)  # forward(shard) for every shard
+        if targets is None:
+            logits = np.concatenate([shard.a.logits for shard in self.shards])
+            return logits.reshape(*ids.shape, -1)
+        self.batch = ids, targets
+        return float(np.concatenate([shard.a.losses for shard in self.shards]).mean())
+
+    def backward(self, dloss=1.0):
+        """Add dloss times the gradient of forward()'s loss to grads, which update() sets to 0.
+
+        Raises UserError unless a forward(ids, targets) came before, one for each backward().
+        """
+        require(self.batch is not None, "backward() needs a forward(ids, targets) before each call")
+        (ids, targets), self.batch = self.batch, None
+        if self.unfinished:  # discard what an interrupted call left behind
+            self.flat_grads[...] = 0
+        self.unfinished = True
+
+        def backward(shard):
+            if shard.flat_grads is not self.flat_grads:
+                shard.flat_grads[...] = 0
+            rows = shard.sequences
+            network_backward(shard.g, shard.a, self.p, ids[rows], targets[rows], dloss / ids.size)
+        parallel(backward, self.shards)
+        for shard in self.shards[1:]:
+            self.flat_grads += shard.flat_grads
+        self.unfinished = False
+
+    def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
+        """One step of AdamW, after which grads are 0; returns their global norm before clipping.
+
+        The global norm is the length of all gradients as one vector. If it is above grad_clip, the
+        gradients are scaled down to that length, so that one unusual batch cannot move the
+        parameters far; grad_clip=0 never does this. Matrices decay; biases and layernorm's weights
+        do not, as is the custom: they are few, and 0 is not a natural value for a scale. If the
+        norm is not finite, only the gradients change: they are set to 0.
+        """
+        total = np.zeros(1)
+        add_squares(total, self.flat_grads)
+        norm = math.sqrt(total[0])
+        if not math.isfinite(norm):
+            self.flat_grads[...] = 0
+            return norm
+        self.unfinished = True
+        clip = min(1, grad_clip / (norm + 1e-6)) if grad_clip else 1  # 1e-6 as in PyTorch
+        n = sum(param.size for param in self.params.values() if param.ndim == 2)
+        for part, decay in (slice(0, n), weight_decay), (slice(n, None), 0):
+            adamw(self.flat_params[part], self.flat_m[part], self.flat_v[part],
+                  self.flat_grads[part], self.step + 1, lr, beta1, beta2, eps, decay, clip)
+        self.step += 1
+        self.unfinished = False
+        return norm
+
+
+@by_rows("flat", sums="total")
+def add_squares(total, flat):
+    """Add the sum of flat (n,) ** 2 to total (1,)."""
+    total += np.dot(flat, flat)
+
+
+# ------------------------------------------------------------------------------------------------
+# The training loop.
+
+def windows(tokens, starts, T):
+    """Windows of tokens (n,) at starts (B,) -> ids (B,T), and targets (B,T), one token further."""
+    rows = tokens[np.reshape(starts, (-1, 1)) + np.arange(T + 1)].astype(np.intp)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def train(model, tokens, steps, B, T, schedule, rng, grad_accum=1, share=lambda rows: rows,
+          all_reduce=lambda loss, grads: loss, **adamw_options):
+    """The whole of training: yields (step, loss before the step, norm of the gradient) after each.
+
+    A step takes grad_accum batches (micro-batches), each of B windows of T tokens at random places,
+    and adds their gradients: one batch of all would need more memory. schedule(step) is the
+    learning rate. share and all_reduce are for several processes (see Data parallel training): each
+    takes its share of every batch, and losses and gradients are summed over all processes.
+
+    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
+    >>> tokens = np.array([0, 1, 2, 3] * 20)
+    >>> rng = np.random.default_rng(0)
+    >>> steps = [*train(model, tokens, 100, B=8, T=4, schedule=lambda step: 0.03, rng=rng)]
+    >>> bool(1.5 < steps[0][1] < 1.7 and steps[-1][1] < 0.1)  # log 5 = 1.61
+    True
+    """
+    for step in range(model.step + 1, steps + 1):
+        loss = 0.0
+        for _ in range(grad_accum):
+            starts = rng.integers(len(tokens) - T, size=B)
+            ids, targets = windows(tokens, share(starts), T)
+            fraction = len(ids) / (B * grad_accum)  # of all sequences of the step
+            loss += fraction * model.forward(ids, targets)
+            model.backward(fraction)
+        loss = all_reduce(loss, model.flat_grads)
+        norm = model.update(schedule(step), **adamw_options)
+        yield step, loss, norm
+
+
+# ------------------------------------------------------------------------------------------------
 # Sampling: draw a token from the predicted probabilities, append it to the text, predict again.
 # Keys and values of earlier positions do not change when a token is appended, because the causal
-# mask hides it from them. So they are kept, in the KV cache, and only the new token has to go
+# mask hides it from them. They are therefore kept, in the KV cache, and only the new token passes
 # through the network.
 
 def sample(logits, temperature, top_k, top_p, rng):
     """Draw the next token for each row: logits (B,V) -> ids (B,).
 
     The probabilities are softmax(logits / temperature): below 1, temperature favours likely tokens
-    more, and 0 takes the likeliest. top_k keeps the k likeliest tokens; top_p keeps the fewest
-    likeliest tokens whose probabilities add up to top_p (Holtzman et al. 2020, section 3.1).
+    more, and 0 always takes the most likely one. top_k keeps the k most likely tokens. Then top_p
+    keeps, of these, the most likely ones until they have the fraction top_p of the remaining
+    probability (Holtzman et al. 2020, section 3.1). Raises UserError if temperature or top_p is
+    negative, or top_k below 1.
 
-    >>> logits, rng = np.log([[0.5, 0.3, 0.2]] * 1000), np.random.default_rng(0)
-    >>> np.bincount(sample(logits, 1.0, 2, None, rng), minlength=3)  # near 625, 375 and 0
-    array([604, 396,   0])
+    >>> logits = np.log([[0.5, 0.3, 0.2]] * 1000)
+    >>> ids = sample(logits, 1.0, 2, None, np.random.default_rng(0))
+    >>> counts = np.bincount(ids, minlength=3)  # near 625, 375 and 0
+    >>> bool(545 < counts[0] < 705 and counts[2] == 0)
+    True
     """
+    require(temperature >= 0, f"temperature is {temperature}; it must be at least 0")
+    require(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1")
+    require(top_p is None or top_p >= 0, f"top_p is {top_p}; it must be at least 0")
     if temperature == 0:
         return logits.argmax(axis=1)
     with np.errstate(over="ignore"):  # for a tiny temperature, exp(-inf) = 0 is the correct limit
@@ -873,26 +1120,43 @@ def sample(logits, temperature, top_k, top_p, rng):
         kept[:, 0] = True
         probs[probs < np.where(kept, ranked, np.inf).min(axis=1, keepdims=True)] = 0
     ends = probs.cumsum(axis=1)  # a random point falls into the interval of one token
-    return (ends > rng.random((len(probs), 1)) * ends[:, -1:]).argmax(axis=1)
+    return (ends > rng.random((len(probs), 1)) * ends[:, -1:]).argmax(axis=1)  # the first True
 
 
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, rng=None):
     """Continue ids (B,T): yields the next token of every sequence (B,); see sample() for options.
 
-    The model sees a window of the last tokens, at most n_positions. When it is full, it moves on,
-    keeping the last three quarters.
+    The model sees a window of the last tokens, at most n_positions. When the window is full, its
+    oldest quarter is dropped. Every token then has a new position, so all keys and values change
+    and the cache is filled again; dropping a quarter at a time makes this rare. Tokens that are not
+    yet in the cache pass through the network in chunks of at most 64, to save memory.
+
+    With a cache of the first two tokens, the third gets the same logits as without:
+
+    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=8, n_embd=6, n_layer=1, n_head=2))
+    >>> cache = np.empty((1, 1, 2, 2, 3, 3), np.float32)  # (B,L,2,H,S,D)
+    >>> two = model.forward([[4, 2]], cache=cache[..., :2, :])
+    >>> third = model.forward([[3]], cache=cache)
+    >>> np.allclose(third[0, 0], model.forward([[4, 2, 3]])[0, 2], atol=1e-6)
+    True
     """
-    ids, rng, config = np.asarray(ids), rng or np.random.default_rng(), model.config
-    cache = np.empty((config.n_layer, 2, len(ids), config.n_head, config.n_positions,
+    ids = np.asarray(ids)
+    require(ids.ndim == 2, f"ids must have the shape (B,T), not {ids.shape}")
+    rng = rng or np.random.default_rng()
+    config = model.config
+    context = config.n_positions
+    cache = np.empty((len(ids), config.n_layer, 2, config.n_head, context,
                       config.n_embd // config.n_head), model.flat_params.dtype)
-    start, past = max(0, ids.shape[1] - config.n_positions), 0  # of the window; cached positions
+    start = max(0, ids.shape[1] - context)  # where the window begins
+    past = 0  # how many of its tokens are cached
     for _ in range(max_new_tokens):
-        if ids.shape[1] - start > config.n_positions:
-            start, past = ids.shape[1] - max(1, config.n_positions * 3 // 4), 0
-        new = model._checked(ids[:, start + past:])
-        model._run(new, past=past, cache=cache[..., :past + new.shape[1], :])
-        past += new.shape[1]
-        token = sample(model.logits()[:, -1], temperature, top_k, top_p, rng)
+        if ids.shape[1] - start > context:
+            start = ids.shape[1] - max(1, context * 3 // 4)
+            past = 0
+        for new in np.split(ids[:, start + past:], range(64, ids.shape[1] - start - past, 64), 1):
+            past += new.shape[1]
+            logits = model.forward(new, cache=cache[..., :past, :])
+        token = sample(logits[:, -1], temperature, top_k, top_p, rng)
         ids = np.concatenate([ids, token[:, None]], axis=1)
         yield token
 
@@ -910,7 +1174,9 @@ class Tokenizer:
     sizes = {"byte": 257, "gpt2": 50257}
 
     def __init__(self, name):
-        self.name, self.n_vocab, self.eot_token = name, self.sizes[name], self.sizes[name] - 1
+        self.name = name
+        self.n_vocab = self.sizes[name]
+        self.eot_token = self.n_vocab - 1
         self.bpe = None
         if name == "gpt2":
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
@@ -931,8 +1197,10 @@ class Tokenizer:
 
     def token_bytes(self, id):
         """The bytes of a token: one or more characters, or a part of one; none for unknown ids."""
-        if id >= self.eot_token:
-            return b"<|endoftext|>" * (id == self.eot_token)
+        if id == self.eot_token:
+            return b"<|endoftext|>"
+        if id > self.eot_token:
+            return b""
         return self.bpe.decode_single_token_bytes(id) if self.bpe else bytes([id])
 
     def decode(self, ids):
@@ -940,294 +1208,385 @@ class Tokenizer:
         return b"".join(self.token_bytes(int(id)) for id in ids).decode("utf-8", errors="replace")
 
 
-DATA, MAGIC, VERSION = Path("data"), 20240520, 1
+DATA = Path("data")
+MAGIC, VERSION = 20240520, 1  # how a token file begins
 
 
 def write_file(path, *parts):
-    """Write bytes to a file that appears at `path` whole or not at all; returns their CRC-32."""
-    path, crc32 = Path(path), 0
+    """Write bytes to a file that appears at `path` whole or not at all."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with open(unfinished, "wb") as file:
             for part in parts:
                 file.write(part)
-                crc32 = zlib.crc32(part, crc32)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return crc32
 
 
 def write_tokens(path, ids):
     """Write a token file as llm.c does: 256 int32 (magic, version, count, zeros), uint16 ids."""
-    ids, header = np.asarray(ids), np.zeros(256, "<i4")
+    ids = np.asarray(ids)
     require(0 <= ids.min() and ids.max() < 2**16, f"{path}: ids must be in 0..65535")
+    header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(ids)
     write_file(path, header, ids.astype("<u2"))
 
 
-class Tokens:
-    """The ids in a token file, or in all files that match a pattern, one after another.
+def matching(pattern):
+    """The file of this name, or the files that match this pattern."""
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
 
-    They stay on disk until they are read. Raises UserError for a file that is missing or damaged.
+
+def read_tokens(pattern, vocab_size):
+    """The ids (n,) of a token file, or of all files that match a pattern, one after another.
+
+    A single file stays on disk until it is read. Raises UserError for a file that is missing or
+    damaged, or has an id outside the vocabulary.
     """
-
-    def __init__(self, pattern, vocab_size):
-        self.paths, self.vocab_size, self.files = sorted(glob.glob(str(pattern))), vocab_size, []
-        require(self.paths, f"{pattern}: no such file; make it with prepro_tinyshakespeare.py")
-        for path in self.paths:
-            found, n_bytes = np.fromfile(path, "<i4", 3).tolist(), os.path.getsize(path)
-            expected = [MAGIC, VERSION, (n_bytes - 1024) // 2]
-            require(found == expected and n_bytes > 1026 and n_bytes % 2 == 0,
-                    f"{path}: not a token file: {n_bytes} bytes that start with {found}, not "
-                    f"{expected}; make it again with prepro_tinyshakespeare.py")
-            self.files.append(np.memmap(path, "<u2", mode="r", offset=1024))
-
-    def __len__(self):
-        return sum(map(len, self.files))
-
-    def read(self, start, stop):
-        """The ids from start to stop - 1; raises UserError for one outside the vocabulary."""
-        parts = []
-        for path, file in zip(self.paths, self.files):
-            part = file[max(0, start):max(0, stop)]
-            require(part.max(initial=0) < self.vocab_size, f"{path}: id {part.max(initial=0)} is "
-                    f"outside the vocabulary of {self.vocab_size}; give its --tokenizer")
-            parts.append(part)
-            start, stop = start - len(file), stop - len(file)
-        return np.concatenate(parts, dtype=np.int64)
-
-    def batch(self, rng, B, T):
-        """B random windows, every start equally likely -> ids (B,T), targets (B,T)."""
-        require(len(self) > T, f"{self.paths[0]}: too few tokens for --seq_len {T}; lower it")
-        starts = rng.integers(len(self) - T, size=B)
-        windows = np.stack([self.read(start, start + T + 1) for start in starts])
-        return windows[:, :-1], windows[:, 1:]
+    paths = matching(pattern)
+    require(paths, f"{pattern or '(empty)'}: no such file; make one with prepro_tinyshakespeare.py "
+            "and give it as --train_bin or --val_bin")
+    files = []
+    for path in paths:
+        found = np.fromfile(path, "<i4", 3).tolist()
+        n_bytes = os.path.getsize(path)
+        expected = [MAGIC, VERSION, (n_bytes - 1024) // 2]
+        require(found == expected and n_bytes > 1026 and n_bytes % 2 == 0,
+                f"{path}: not a token file: {n_bytes} bytes that start with {found}, not "
+                f"{expected}; make it again with prepro_tinyshakespeare.py")
+        files.append(np.memmap(path, "<u2", mode="r", offset=1024))
+        largest = files[-1].max()
+        require(largest < vocab_size, f"{path}: id {largest} is outside the vocabulary of "
+                f"{vocab_size}; give its --tokenizer")
+    return files[0] if len(files) == 1 else np.concatenate(files)
 
 
 # ------------------------------------------------------------------------------------------------
-# Training.
+# A run: what the program does between the steps. It logs, validates, samples, saves and stops.
 
-def train_step(model, tokens, rng, lr, args, processes, stop=0):
-    """One step of the optimizer -> (loss before it, norm of the gradient, sum of all `stop`).
-
-    For a batch too large for memory, the gradient is the mean over grad_accum smaller ones, called
-    micro-batches. torchrun's processes share the sequences of each among themselves.
-    """
-    sums, share = np.array([0.0, stop]), 1 / (args.grad_accum * processes.size)
-    for _ in range(args.grad_accum):
-        ids, targets = tokens.batch(rng, args.batch_size, args.seq_len)
-        sums[0] += share * model.forward(processes.own(ids), processes.own(targets))
-        model.backward(share)
-    processes.all_reduce(sums)
-    processes.all_reduce(model.flat_grads)
-    norm = model.update(lr, args.beta1, args.beta2, 1e-8, args.weight_decay, args.grad_clip)
-    return float(sums[0]), norm, int(sums[1])
+COLUMNS = ["step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"]
+STOP = []  # why the program must stop: the numbers of signals, or an error of its output
 
 
-def choose_shards(config, B, T, threads):
-    """The number of shards for steps of (B,T): one for each thread, if each has enough to do.
-
-    A shard costs a gradient array, to be added up in every step, which is little if its activations
-    are larger. With fewer than some 192 positions, a shard is not worth a thread.
-    """
-    ratio = count(activation_table(config, B, T)) / count(parameter_table(config))
-    return max(1, int(min(threads, B, B * T / 192, ratio)))
-
-
-def evaluate(model, tokens, args):
-    """The mean loss of the first args.eval_tokens tokens (0: of all), in nats per token."""
-    T, total, done = args.seq_len, 0.0, 0
-    limit = min(args.eval_tokens or len(tokens), len(tokens) - 1)
-    room = count(activation_table(model.config, args.batch_size, T))  # as much as training uses
-    B = max(1, 1024 // T, room // count(activation_table(model.config, 1, T, False)))
-    while done < limit:  # batches (B,T), and last one sequence of what is left
-        t = min(T, limit - done)
-        b = min(B, (limit - done) // t)
-        ids = tokens.read(done, done + b * t + 1)
-        loss = model.forward(ids[:-1].reshape(b, t), ids[1:].reshape(b, t), for_backward=False)
-        total, done = total + loss * b * t, done + b * t
-        show_progress(f"validation: {done:,} of {limit:,} tokens")
-    show_progress("")
-    return total / limit
-
-
-def print_sample(model, tokenizer, args, rng):
-    """Print a text of the model's while it is generated."""
-    prompt = args.prompt or ("\n" if args.tokenizer == "byte" else "<|endoftext|>")
-    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    ids, context = tokenizer.encode(prompt), model.config.n_positions
-    if len(ids) > context:
-        print(f"the prompt has {len(ids)} tokens, the last {context} are used", file=sys.stderr)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
-    say(prompt, end="")
-    for token in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
-                          args.top_p, rng):
-        say(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="")
-    say(decoder.decode(b"", final=True))
+def say(text, end="\n", file=None):
+    """Print at once. If that is impossible (a closed pipe, a full disk), ask to stop instead."""
+    file = file or sys.stdout
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError as error:
+        STOP.append(13 if isinstance(error, BrokenPipeError) else error)  # 13 is SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def show_progress(text):
     """Replace the last line of the terminal, if stderr is one."""
     if sys.stderr and sys.stderr.isatty():
-        print(f"\r{text:79}\r", end="", file=sys.stderr, flush=True)
-
-
-STOP = []  # what asks the program to stop adds its exit status: signals, and a closed pipe
-COLUMNS = "step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"
-
-
-def say(text, end="\n"):
-    """Print at once. If nobody reads the output any more, discard it and ask to stop."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        STOP.append(128 + 13)  # 13 is SIGPIPE
+        try:
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        except OSError:
+            width = 79
+        say(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr)
 
 
 def on_signal(number, frame):
-    """At the first SIGINT or SIGTERM, ask to stop after the step; at the second, stop at once."""
-    if STOP:
+    """Ask to stop after this step. Another Ctrl-C, more than a second later, stops at once."""
+    now = time.monotonic()
+    if number == signal.SIGINT and now > on_signal.first + 1:  # torchrun sends each Ctrl-C twice
         raise KeyboardInterrupt
-    STOP.append(128 + number)
-    os.write(2, b"\nstopping after this step; press again to stop at once\n")
+    on_signal.first = min(on_signal.first, now)
+    STOP.append(number)
+
+
+on_signal.first = math.inf  # when the first signal came
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Hold the system's lock on a folder; it ends with this process, however that ends.
+
+    Raises UserError if another process holds it, or waits. Systems without locks do nothing.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        try:
+            import fcntl
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training in this folder; wait until it "
+                            "ends, or give another --out") from None
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def activation_count(config, N):
+    """The number of elements in the activations of N positions."""
+    C, H, L = config.n_embd, config.n_head, config.n_layer
+    return N * (L * (16 * C + H) + 11 * C + config.vocab_size + 2)
+
+
+def choose_shards(config, B, T, threads):
+    """The number of shards for steps of (B,T): one for each thread, if each has enough to do.
+
+    Each shard needs its own gradient array, which has to be summed in every step; that is cheap if
+    its activations are larger. A shard of fewer than about 128 positions is not worth a thread.
+    """
+    ratio = activation_count(config, B * T) / parameter_count(config)
+    return max(1, int(min(threads, B, B * T / 128, ratio)))
+
+
+def evaluate(model, tokens, B, T, limit=0):
+    """The mean loss of the first `limit` tokens (0: of all), in nats per token.
+
+    Every token but the first is predicted once, in batches of the shape of training.
+    """
+    limit = min(limit or len(tokens), len(tokens) - 1)
+    done = 0
+    total = 0.0
+    while done < limit:
+        t = min(T, limit - done)  # the last sequence may be shorter,
+        b = min(B, (limit - done) // t)  # and the last batch smaller
+        ids, targets = windows(tokens, done + t * np.arange(b), t)
+        total += model.forward(ids, targets) * b * t
+        done += b * t
+        show_progress(f"validation: {done:,} of {limit:,} tokens")
+    show_progress("")
+    return total / limit
+
+
+def print_sample(model, tokenizer, args, number):
+    """Generate text and print it as it is produced; the seed and the number determine it."""
+    prompt = args.prompt or ("\n" if tokenizer.name == "byte" else "<|endoftext|>")
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    ids, context = tokenizer.encode(prompt), model.config.n_positions
+    if len(ids) > context:
+        say(f"the prompt has {len(ids)} tokens; only the last {context} are used", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+    rng = np.random.default_rng([args.seed, 2, number])
+    say(prompt, end="")
+    for token in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
+                          args.top_p, rng):
+        say(decoder.decode(tokenizer.token_bytes(int(token[0]))), end="")
+        if STOP:
+            break
+    say(decoder.decode(b"", final=True))
 
 
 def open_log(out, step):
-    """Open OUT/log.csv to append rows after `step`. A new run renames the folder of an old one."""
-    path, lines = out / "log.csv", []
-    if step == 0 and (path.exists() or checkpoints(out)):
-        numbers = (i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
-        earlier = f"{out}.{next(numbers)}"
-        os.replace(out, earlier)
-        say(f"{out} held an earlier run, which is now {earlier}")
-    elif path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line)
-            and int(line.split(",")[0]) <= step]
-    write_file(path, "".join(f"{line}\n" for line in [",".join(COLUMNS), *kept]).encode())
+    """Open OUT/log.csv to append rows after `step`. Raises UserError for a file that is no log."""
+    path = Path(out) / "log.csv"
+    lines = [",".join(COLUMNS)]
+    if path.exists():
+        *rows, _ = path.read_bytes().decode("utf-8", "replace").split("\n")  # _ is empty, or torn
+        for i, row in enumerate(rows, 1):
+            pattern = r"(\d{1,18})(,[^,;]*){6}" if i > 1 else re.escape(lines[0])
+            require(re.fullmatch(pattern, row), f"{path}: line {i} is not a line of a log: "
+                    f"{row!r:.40}; move this file elsewhere, or restore it")
+        lines += [row for row in rows[1:] if int(row.split(",")[0]) <= step]
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
     return open(path, "a", encoding="utf-8", newline="\n")
 
 
-def train_loop(args, model, tokenizer, train, val, processes, rngs, save):
-    """All steps that are left, with log, validation, samples and checkpoints on the way.
+class Run:
+    """A model in training with its tokens. Making one says what is trained on what."""
 
-    rngs are the random generators of batches and of samples; save() writes a checkpoint.
-    """
-    times, width, first = [], len(str(args.steps)), processes.rank == 0
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, on_signal)
-    tokens = args.batch_size * args.seq_len * args.grad_accum
-    # for each token 6 multiplications or additions per parameter, and 12 C S per block in
-    # attention, where a query sees S = T/2 keys on average
-    flops = 6 * tokens * (model.flat_params.size + args.n_layer * args.n_embd * args.seq_len)
-    log = open_log(Path(args.out), model.step) if first else None
-    for step in range(model.step + 1, args.steps + 1):
-        last, start, processes.seconds, row = step == args.steps, time.perf_counter(), 0.0, {}
-        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.min_lr)
-        loss, norm, stop = train_step(model, train, rngs[0], lr, args, processes, len(STOP))
-        require(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, the gradient's norm "
-                f"{norm}; lower --lr {args.lr:g} or raise --warmup {args.warmup}")
-        times.append(time.perf_counter() - start)
-        if first and (last or step == 1 or step % args.log_every == 0):
-            seconds, times = sum(times) / len(times), []  # on average since the last line
-            row |= dict(loss=round(loss, 6), norm=round(norm, 6), lr=f"{lr:.6e}",
-                        ms=round(1e3 * seconds, 2), tokens_per_second=round(tokens / seconds))
+    def __init__(self, args, state, tokenizer, paths, processes):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.processes = processes
+        require(args.batch_size % processes.size == 0, f"--batch_size {args.batch_size} cannot be "
+                f"shared equally among {processes.size} processes; give a multiple")
+        self.B = args.batch_size // processes.size
+        self.schedule = functools.partial(learning_rate, steps=args.steps, warmup=args.warmup,
+                                          lr=args.lr, min_lr=args.min_lr)
+        self.model, self.rng = make_model(args, state, self.B)
+        self.tokens, self.val_tokens = (
+            read_tokens(path, self.model.config.vocab_size) for path in paths)
+        n, n_val = len(self.tokens), len(self.val_tokens)
+        require(n > args.seq_len, f"{paths[0]}: {n} tokens are too few for --seq_len "
+                f"{args.seq_len}; lower it, or give more text")
+        require(n_val > 1, f"{paths[1]}: {n_val} tokens are too few; give more text")
+        say(f"model     {args.folder or args.model}: {self.model.flat_params.size:,} parameters, "
+            f"{self.model.config}\n"
+            f"batch     B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, "
+            f"processes {processes.size}, shards {min(self.B, self.model.n_shards)}, "
+            f"threads {parallel.threads}\n"
+            f"train     {n:,} {args.tokenizer} tokens in {paths[0]}\n"
+            f"validate  {min(args.eval_tokens or n_val, n_val):,} of {n_val:,} tokens in "
+            f"{paths[1]}")
+
+    def save(self):
+        """Write a checkpoint."""
+        args, model = self.args, self.model
+        options = {name: x for name, x in vars(args).items() if name not in UNSAVED}
+        save_checkpoint(args.out, model, self.files, {
+            "step": model.step, "options": options, "out": os.path.abspath(args.out),
+            "shards": model.n_shards, "rng": self.rng.bit_generator.state,
+            "crc32": checksum(model)})
+
+    def validate(self):
+        """Print the validation loss and return it."""
+        loss = evaluate(self.model, self.val_tokens, self.B, self.args.seq_len,
+                        self.args.eval_tokens)
+        say(f"step {self.model.step} | val loss {loss:.4f}")
+        return loss
+
+    def take_steps(self):
+        """Take the steps that are left; stop early if asked to."""
+        args, processes = self.args, self.processes
+        if processes.size > 1:
+            options = {f"--{name}": x for name, x in vars(args).items()
+                       if name not in UNSAVED | {"train_bin", "val_bin"}}
+            processes.require_equal(options | {
+                "step": self.model.step, "training text": zlib.crc32(self.tokens),
+                "set of weights": checksum(self.model)})
+        on_signal.first = math.inf
+        own = [args.folder / name for name in TOKENIZER_FILES] if args.folder else []
+        self.files = {path.name: path.read_bytes() for path in own if path.is_file()}
+        self.files = self.files or tokenizer_files(self.tokenizer, args.n_positions)
+        for name in "SIGINT", "SIGTERM", "SIGHUP":
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, on_signal)
+        log = open_log(args.out, self.model.step) if processes.rank == 0 else None
+        times = []  # since the last line of the log
+        start = time.perf_counter()
+        for step, loss, norm in train(
+                self.model, self.tokens, args.steps, args.batch_size, args.seq_len, self.schedule,
+                self.rng, args.grad_accum, processes.share, processes.all_reduce, beta1=args.beta1,
+                beta2=args.beta2, weight_decay=args.weight_decay, grad_clip=args.grad_clip):
+            times.append(time.perf_counter() - start)
+            require(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, the gradient's "
+                    f"norm {norm}; lower --lr {args.lr:g} or raise --warmup {args.warmup}")
+            last = step == args.steps
+            if processes.rank == 0:
+                self.report(step, loss, norm, times, log)
+            stop = processes.stop or (STOP and processes.size == 1)
+            if processes.rank == 0 and (last or stop or step % args.save_every == 0):
+                self.save()
+            if stop and not last:
+                end = f"stopped after step {step}, saved in {args.out}; --resume continues"
+                reason = STOP[0] if STOP else signal.SIGTERM  # it came to another process
+                require(isinstance(reason, int), f"cannot print ({reason}); {end}")
+                say(end)
+                sys.exit(128 + reason)
+            start = time.perf_counter()
+
+    def report(self, step, loss, norm, times, log):
+        """Log, validate and sample, each if it is due."""
+        args = self.args
+        last = step == args.steps
+        hurry = self.processes.stop and not last
+        row = {}
+        if last or step == 1 or step % args.log_every == 0:
+            seconds = sum(times) / len(times)
+            times.clear()
+            speed = args.batch_size * args.seq_len * args.grad_accum / seconds
             left = datetime.timedelta(seconds=round(seconds * (args.steps - step)))
-            network = f" | network {1e3 * processes.seconds:.0f} ms" * (processes.size > 1)
-            say(f"step {step:{width}}/{args.steps} | loss {loss:.4f} | norm {norm:.2f} | "
-                f"lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {tokens / seconds:5.0f} tok/s | "
-                f"{flops / seconds / 1e9:3.0f} GFLOP/s | {left} left{network}")
-        if first and (last or step % args.eval_every == 0):
-            row["val_loss"] = round(evaluate(model, val, args), 6)
-            say(f"step {step:{width}} | val loss {row['val_loss']:.4f}")
-        if first and (last or step % args.sample_every == 0):
+            lr = self.schedule(step)
+            row = {"loss": round(loss, 6), "norm": round(norm, 6), "lr": f"{lr:.6e}",
+                   "ms": round(1e3 * seconds, 2), "tokens_per_second": round(speed)}
+            say(f"step {step:{len(str(args.steps))}}/{args.steps} | loss {loss:.4f} | norm "
+                f"{norm:.2f} | lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {speed:5.0f} tok/s | "
+                f"{left} left")
+        if (last or step % args.eval_every == 0) and not hurry:
+            row["val_loss"] = round(self.validate(), 6)
+        if (last or step % args.sample_every == 0) and not hurry:
             say("-" * 80)
-            print_sample(model, tokenizer, args, rngs[1])
+            print_sample(self.model, self.tokenizer, args, step)
             say("-" * 80)
         if row:
-            row = {"step": step} | row
+            row["step"] = step
             print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log, flush=True)
-        if first and (last or stop or step % args.save_every == 0):
-            save()
-        if stop:
-            say(f"stopped after step {step}, saved in {args.out}; --resume continues")
-            sys.exit((STOP or [128 + signal.SIGTERM])[0])
 
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints. A model is a folder in Hugging Face's format: config.json, model.safetensors, and the
 # tokenizer's files. A safetensors file is the length of a JSON text in 8 bytes, that JSON text, and
-# the numbers: our flat array with its table in front. The checkpoint of a run, OUT/step_000250, has
+# the numbers: our flat array with its table in front. A run's checkpoint, OUT/step_000250, contains
 # also AdamW's moments in optimizer.safetensors and the rest of the run's state in trainer.json.
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PLAIN_GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "add_cross_attention": False, "tie_word_embeddings": True}
+TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json"]
+UNSAVED = {"help", "model", "init_from", "resume", "out", "threads", "folder"}
 
 
 def write_tensors(path, tensors):
-    """Write {name: array of floats} as a safetensors file; returns the file's CRC-32."""
-    index, stop = {"__metadata__": {"format": "pt"}}, 0
+    """Write {name: array of floats} as a safetensors file."""
+    index = {"__metadata__": {"format": "pt"}}
+    stop = 0
     for name, x in tensors.items():
         start, stop = stop, stop + x.nbytes
         index[name] = {"dtype": f"F{8 * x.itemsize}", "shape": x.shape,
                        "data_offsets": (start, stop)}
     header = json.dumps(index).encode()
     header += b" " * (-len(header) % 8)
-    return write_file(path, len(header).to_bytes(8, "little"), header, *(
+    write_file(path, len(header).to_bytes(8, "little"), header, *(
         x.astype(x.dtype.newbyteorder("<"), copy=False) for x in tensors.values()))
 
 
 def read_tensors(path, arrays):
     """Fill {name: array} from a safetensors file, which may be in another float format.
 
-    Names may begin with `transformer.`; causal masks in old files are skipped. Raises UserError for
-    a damaged file (its tensors must fill it without gaps) and for names and shapes that do not fit.
+    Names may begin with `transformer.`. Raises UserError for a damaged file, for a tensor that is
+    missing or has another shape, and for one that is not needed (except causal masks, which old
+    files have, and lm_head.weight, which is wte.weight again).
     """
-    found, end = {}, 0
+    path = Path(path)
+    if not path.exists() and [*path.parent.glob("model*.index.json"), *path.parent.glob("*.bin")]:
+        raise UserError(f"{path} is missing, and the weights are in other files; write it with "
+                        'transformers: model.save_pretrained(FOLDER, max_shard_size="10GB")')
     try:
         data = np.memmap(path, np.uint8, "r")  # stays on disk until it is used
         length = int.from_bytes(data[:8].tobytes(), "little")
-        index, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
-        index.pop("__metadata__", None)
-        for name, entry in sorted(index.items(), key=lambda item: item[1]["data_offsets"]):
+        index = json.loads(data[8:8 + length].tobytes())
+        data = data[8 + length:]
+        index = {name.removeprefix("transformer."): entry for name, entry in index.items()}
+        tensors = {}
+        for name in arrays.keys() & index.keys():
+            entry = index[name]
             start, stop = entry["data_offsets"]
-            require(start == end, f"{name} is at byte {start}, expected {end}")
-            if not re.search(r"\.attn\.(masked_)?bias$", name):
-                x = data[start:stop].view(FLOATS[entry["dtype"]]).reshape(entry["shape"])
-                found[name.removeprefix("transformer.")] = x
-            end = stop
-        require(end == len(data), f"its tensors have {end} bytes, it holds {len(data)}")
+            require(0 <= start <= stop <= len(data), f"{name} ends at byte {stop!r:.20}")
+            x = data[start:stop].view(FLOATS[entry["dtype"]]).reshape(entry["shape"])
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                x = (x.astype(np.uint32) << 16).view(np.float32)
+            tensors[name] = x
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file of floats, or damaged ({error!s:.100}); "
                         "download or save it again") from None
-    if "lm_head.weight" in found:
-        require(np.array_equal(found.pop("lm_head.weight"), found.get("wte.weight")),
-                f"{path}: lm_head.weight differs from wte.weight; use a model with tied weights")
-    for name in sorted(arrays.keys() | found.keys()):
-        shape, fit = (x[name].shape if name in x else "missing" for x in (found, arrays))
-        require(shape == fit, f"{path}: {name} is {shape}, but {fit} in the model; use a "
-                "model.safetensors and a config.json that belong together")
-    for name, x in found.items():
-        if x.dtype == "<u2":  # BF16 is the upper half of a float32
-            x = (x.astype(np.uint32) << 16).view(np.float32)
-        arrays[name][...] = x
+    for name, array in arrays.items():
+        shape = tensors[name].shape if name in tensors else "missing"
+        require(shape == array.shape, f"{path}: {name} is {shape}, but {array.shape} in the model; "
+                "use a model.safetensors and a config.json that belong together")
+        array[...] = tensors[name]
+    known = r"__metadata__|lm_head\.weight|h\.\d+\.attn\.(masked_)?bias"
+    surplus = [name for name in index.keys() - arrays.keys() if not re.fullmatch(known, name)]
+    require(not surplus, f"{path}: {', '.join(sorted(surplus)):.80} is not in the model; use a "
+            "model.safetensors and a config.json that belong together")
 
 
-def read_json(path, names=()):
-    """The JSON object in a file. Raises UserError if there is none, or not with all these names."""
+def read_json(path):
+    """The JSON object in a file. Raises UserError if there is none."""
     try:
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         found = None
-    require(isinstance(found, dict) and found.keys() >= {*names},
-            f"{path}: not a JSON object, or not a complete one; replace it, or remove its folder")
+    require(isinstance(found, dict), f"{path}: not a complete JSON object; replace this file, or "
+            "remove its folder")
     return found
 
 
@@ -1235,14 +1594,16 @@ def read_config(folder):
     """The GPTConfig of a folder's config.json. Raises UserError for what is not a plain GPT-2."""
     path = Path(folder) / "config.json"
     found = read_json(path)
+    if found.get("activation_function") == "gelu_pytorch_tanh":  # another name for the same
+        found["activation_function"] = "gelu_new"
     try:
         config = GPTConfig(**{name: found.get(name) for name in asdict(GPTConfig())})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    inner = {"n_inner": 4 * config.n_embd} if found.get("n_inner") else {}
-    for name, value in (PLAIN_GPT2 | inner).items():
-        require(found.get(name, value) == value,
-                f"{path}: {name} is {found.get(name)!r}; use a plain GPT-2, which has {value!r}")
+    plain = PLAIN_GPT2 | ({"n_inner": 4 * config.n_embd} if found.get("n_inner") else {})
+    for name, value in plain.items():
+        require(found.get(name, value) == value, f"{path}: {name} is {found.get(name)!r:.40}; use "
+                f"a plain GPT-2, which has {value!r}")
     return config
 
 
@@ -1252,7 +1613,8 @@ def tokenizer_files(tokenizer, n_positions):
     if tokenizer.bpe:  # OpenAI's own files, which tiktoken keeps
         from tiktoken.load import read_file_cached
         url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-        vocab, merges = read_file_cached(url + "encoder.json"), read_file_cached(url + "vocab.bpe")
+        vocab = read_file_cached(url + "encoder.json")
+        merges = read_file_cached(url + "vocab.bpe")
     else:  # every byte stands as a printable character: itself, or one from U+0100 on
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -1266,70 +1628,77 @@ def tokenizer_files(tokenizer, n_positions):
 
 def checkpoints(out):
     """The checkpoints in a run's folder, from the first to the last."""
-    found = [path for path in Path(out).glob("step_*") if path.name[5:].isdigit()]
+    found = [path for path in Path(out).glob("step_*") if re.fullmatch(r"\d{1,18}", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def save_checkpoint(out, model, files, state):
     """Write OUT/step_... with `files` {name: bytes}, whole or not at all; keep the one before."""
     unfinished = Path(out) / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # a run may have been killed while saving
+    shutil.rmtree(unfinished, ignore_errors=True)  # a process may have been killed while saving
     try:
-        moments = {"m": model.flat_m, "v": model.flat_v}
-        crc32 = {"model.safetensors": model.save_pretrained(unfinished), "optimizer.safetensors":
-                 write_tensors(unfinished / "optimizer.safetensors", moments)}
-        state = {"step": model.step, "shards": model.n_shards, "crc32": crc32, **state}
+        model.save_pretrained(unfinished)
+        write_tensors(unfinished / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
         write_file(unfinished / "trainer.json", json.dumps(state, indent=2).encode())
         for name, content in files.items():
             write_file(unfinished / name, content)
         os.replace(unfinished, Path(out) / f"step_{model.step:06}")
+        for old in checkpoints(out)[:-2]:
+            os.replace(old, unfinished)
+            shutil.rmtree(unfinished)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for old in checkpoints(out)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def checksum(model):
+    """The CRC-32 of the sizes, the parameters and the optimizer's moments."""
+    crc32 = zlib.crc32(repr(model.config).encode())
+    for flat in model.flat_params, model.flat_m, model.flat_v:
+        crc32 = zlib.crc32(flat, crc32)
+    return crc32
+
+
+def read_state(folder):
+    """The state of a run, in a checkpoint's trainer.json. Raises UserError if it is damaged."""
+    state = read_json(folder / "trainer.json")
+    types = {"step": int, "options": dict, "shards": int, "out": str, "rng": dict, "crc32": int}
+    good = all(type(state.get(name)) is kind for name, kind in types.items())
+    require(good and state["step"] == int(folder.name[5:]) and 0 < state["shards"] < 2**32 and
+            state["options"].keys() == vars(make_parser().parse_args([])).keys() - UNSAVED,
+            f"{folder / 'trainer.json'}: not the state of a run of this version; remove {folder} "
+            "to resume from the checkpoint before it")
+    return state
 
 
 def load_checkpoint(folder, state):
-    """The model of a checkpoint with its moments. Raises UserError if a file is damaged."""
-    for name, crc32 in state["crc32"].items():
-        require(zlib.crc32(np.fromfile(folder / name, np.uint8)) == crc32, f"{folder / name}: its "
-                f"CRC-32 has changed; remove {folder} to resume from the checkpoint before it")
+    """(model, random generator) of a checkpoint. Raises UserError if a file has changed."""
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
     model.step = state["step"]
-    return model
+    rng = np.random.default_rng()
+    good = checksum(model) == state["crc32"]
+    try:
+        rng.bit_generator.state = state["rng"]
+    except (ValueError, TypeError, LookupError, OverflowError, AttributeError):
+        good = False
+    require(good, f"{folder}: config.json, a number or the state of the random generator has "
+            "changed since it was saved; remove it to resume from the checkpoint before it")
+    return model, rng
 
 
-def prepro():
-    """The module prepro_tinyshakespeare.py, which gets what is missing in data/."""
+def fetch(function, name):
+    """Call a function of prepro_tinyshakespeare.py, which fills data/, and return its result."""
     try:
         import prepro_tinyshakespeare
     except ModuleNotFoundError:
         raise UserError("data/ lacks what is needed; put prepro_tinyshakespeare.py, which gets it, "
                         "beside train_gpt2.py, or give --train_bin and --val_bin") from None
-    return prepro_tinyshakespeare
-
-
-def find_tokens(args):
-    """(training file, validation file): those given, or tinyshakespeare's, made if missing."""
-    if args.train_bin:
-        return args.train_bin, args.val_bin
-    paths = [DATA / f"tinyshakespeare_{args.tokenizer}_{split}.bin" for split in ("train", "val")]
-    return paths if all(path.exists() for path in paths) else prepro().prepare(args.tokenizer)
-
-
-def find_model(name):
-    """The folder of a model: NAME, or the last checkpoint in it; data/NAME for OpenAI's models."""
-    if name not in MODELS or name == "baby":
-        return (checkpoints(name) or [Path(name)])[-1]
-    if not (DATA / name / "model.safetensors").exists():
-        prepro().download_model(name)
-    return DATA / name
+    return getattr(prepro_tinyshakespeare, function)(name)
 
 
 # ------------------------------------------------------------------------------------------------
 # Data parallel training. torchrun starts several processes, on one machine or on several. Each has
-# the whole model and takes its own sequences of every batch. They exchange only the flat array of
+# the whole model and takes its share of every batch. They exchange only the flat array of
 # gradients: an all-reduce gives every process the sum over all. All make the same update with it,
 # so their parameters stay equal. torch is only the transport: it uses NumPy's memory.
 
@@ -1337,40 +1706,67 @@ class Processes:
     """The processes of a run, of ranks 0..size-1. Without torchrun there is one, and no network."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.seconds = 0.0  # spent on the network
-        if self.size > 1:
-            from torch import distributed, from_numpy
-            self.network, self.tensor = distributed, from_numpy
-            # others wait while rank 0 downloads or validates, however long that takes
-            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-            atexit.register(distributed.destroy_process_group)
+        self.stop = 0  # above 0 if any process has been asked to stop
+        try:
+            self.rank = int(os.environ.get("RANK", 0))
+            self.size = int(os.environ.get("WORLD_SIZE", 1))
+            require(0 <= self.rank < self.size, f"RANK {self.rank}, WORLD_SIZE {self.size}")
+            if self.size > 1:
+                from torch import distributed, from_numpy
+                self.network, self.tensor = distributed, from_numpy
+                # others wait while rank 0 downloads or validates, however long that takes
+                distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+                atexit.register(distributed.destroy_process_group)
+        except Exception as error:  # of many kinds
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"WORLD_SIZE {os.environ.get('WORLD_SIZE')} asks for several processes, but they "
+                f"cannot connect ({reason:.160}); start them with torchrun; on several machines, "
+                "set GLOO_SOCKET_IFNAME to the network interface that connects them") from None
 
-    def own(self, rows):
+    def share(self, rows):
         """This process's share of the rows of a batch."""
         n = len(rows) // self.size
         return rows[n * self.rank:n * (self.rank + 1)]
 
-    def all_reduce(self, flat):
+    def sum(self, flat):
         """Replace every process's array by the sum over all processes, the same bits for each."""
-        start = time.perf_counter()
+        if self.size == 1:
+            return
         try:
-            if self.size > 1:
-                self.network.all_reduce(self.tensor(flat))
+            self.network.all_reduce(self.tensor(flat))
         except RuntimeError as error:
             require(not re.search("connection|closed|reset by peer|timed out", str(error), re.I),
-                    f"rank {self.rank} lost the connection to another process, which may say why; "
-                    "start all again with --resume")
+                    f"rank {self.rank} lost the connection to another process; see that process's "
+                    "output for the reason, then restart all of them with --resume")
             raise
-        self.seconds += time.perf_counter() - start
+
+    def all_reduce(self, loss, grads):
+        """Sum loss and gradients over all processes; find out whether any is asked to stop."""
+        sums = np.array([loss, len(STOP)])
+        self.sum(sums)
+        self.sum(grads)
+        self.stop = int(sums[1])
+        return float(sums[0])
+
+    def require_equal(self, values):
+        """Raise UserError if another process has other values in {name: value} than rank 0."""
+        table = np.zeros((self.size, len(values)))
+        table[self.rank] = [zlib.crc32(repr(value).encode()) for value in values.values()]
+        self.sum(table)
+        for rank, row in enumerate(table):
+            names = [name for name, x, first in zip(values, row, table[0]) if x != first]
+            require(not names, f"rank {rank} has another {', '.join(names)} than rank 0; start all "
+                    "processes with the same options and the same files")
 
 
 # ------------------------------------------------------------------------------------------------
 # Threads. A NumPy operation uses one core, but it releases the GIL (the lock that lets only one
 # thread at a time run Python) while it computes. So a few threads, each calling NumPy on a part of
 # the arrays, use all cores. A block of rows fits into a core's cache, so a formula of eight
-# operations reads memory once, not eight times. How arrays are cut depends on their shapes only and
-# never on the number of threads; therefore the results do not either, bit for bit.
+# operations reads memory once, not eight times. How arrays are cut depends on their shapes, on the
+# number of shards, and on nothing else; in particular not on the number of threads or on what other
+# threads do. Therefore the results do not either, bit for bit.
 
 MIN_BLOCK = 1 << 16  # elements; with smaller blocks, threads spend their time waiting for the GIL
 
@@ -1378,99 +1774,132 @@ MIN_BLOCK = 1 << 16  # elements; with smaller blocks, threads spend their time w
 class Pool:
     """pool(work, items) calls work(item) for every item, on `threads` threads.
 
-    Nested calls run serially, as all threads are busy.
+    Nested calls run serially, as all threads are busy. Several threads may call one pool.
     """
 
     def __init__(self, threads):
-        self.threads, self.busy, self.executor = threads, False, ThreadPoolExecutor(256)
-        # glibc gives large arrays back to the system when they are freed, and new ones cost a page
-        # fault per 4 KB. Freeing one array this large raises the size from which it does so.
+        self.threads = threads
+        self.executor = ThreadPoolExecutor(256)
+        self.this_thread = threading.local()
+        # Memory of large arrays goes back to the system when they are freed, and a new one costs a
+        # page fault per 4 KB. Freeing one array this large raises the size above which glibc does
+        # so; later temporaries are then reused.
         np.empty(31 << 20, np.uint8)
+
+    def is_nested(self):
+        """Whether this thread is working on an item."""
+        return getattr(self.this_thread, "nested", False)
 
     def __call__(self, work, items):
         """Call work(item) for every item; raises the first error that a call raised."""
-        left = iter(items)  # under the GIL, every item goes to one thread only
+        if len(items) < 2 or self.is_nested():
+            for item in items:
+                work(item)
+            return
+        left = deque(items)  # popleft gives every item to one thread only, also without a GIL
 
         def work_through():
-            for item in left:
-                work(item)
-        if self.busy or len(items) < 2:
-            return work_through()
-        self.busy = True
-        helpers = [self.executor.submit(work_through) for _ in items[1:self.threads]]
+            try:
+                self.this_thread.nested = True
+                while True:
+                    try:
+                        item = left.popleft()
+                    except IndexError:  # none is left
+                        return
+                    work(item)
+            finally:
+                self.this_thread.nested = False
+        helpers = []
         try:
+            for _ in range(min(self.threads, len(items)) - 1):
+                helpers.append(self.executor.submit(work_through))
             work_through()
         finally:
-            wait(helpers)
-            self.busy = False
+            left.clear()  # after an error or Ctrl-C, nothing new begins
+            interrupt = None
+            while True:
+                try:
+                    wait(helpers)
+                    break
+                except KeyboardInterrupt as error:  # raise it when the helpers have finished
+                    interrupt = error
+            if interrupt:
+                raise interrupt
         for helper in helpers:
             helper.result()  # raises the error that a thread has met
 
 
-def split(n, parts):
-    """range(n) as at most `parts` slices, a power of two: so 2, 4 or 8 threads end together.
+def split(n, parts, evenly=False):
+    """range(n) as at most `parts` slices of about the same size.
 
-    >>> split(5, 3)
+    With evenly=True there are 1, 2, 4, 6, 12 or a multiple of 24, which 2, 3, 4, 6, 8 or 12 threads
+    share well.
+
+    >>> split(5, 2)
     [slice(0, 2, None), slice(2, 5, None)]
     """
-    parts = 1 << int(math.log2(max(1, min(n, parts))))
+    parts = max(1, min(n, int(parts)))
+    if evenly:
+        parts -= parts % next(unit for unit in (24, 12, 6, 4, 2, 1) if unit <= parts)
     return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
 
 
 def run_in_blocks(function, args, cut, summed, heads):
     """Call function(*args) for blocks of the arguments numbered `cut`; see by_rows."""
     if heads:  # attention: the work is in its scores
-        (B, H, T, _), S = args[-3].shape, args[-2].shape[2]
+        B, H, T, _ = args[-3].shape  # q
+        S = args[-2].shape[2]  # k
         n = B * H * min(T, 64) * S / MIN_BLOCK
-        blocks = [(b, h) for b in split(B, n) for h in split(H, n / B)]
+        blocks = [(b, h) for b in split(B, n, evenly=True)
+                  for h in split(H, n / B, evenly=True)]
     else:
-        blocks = split(len(args[cut[0]]), max(args[i].size for i in cut) / MIN_BLOCK)
+        blocks = split(len(args[cut[0]]), max(args[i].size for i in cut) / MIN_BLOCK, evenly=True)
     if len(blocks) == 1:
-        return function(*args)
+        function(*args)
+        return
     partial = {i: np.zeros((len(blocks), *args[i].shape), args[i].dtype) for i in summed}
 
     def work(number):
-        own = {i: args[i][blocks[number]] for i in cut} | {i: partial[i][number] for i in summed}
-        function(*(own.get(i, arg) for i, arg in enumerate(args)))
+        block_args = list(args)
+        for i in cut:
+            block_args[i] = args[i][blocks[number]]
+        for i in summed:
+            block_args[i] = partial[i][number]
+        function(*block_args)
     parallel(work, range(len(blocks)))
     for i in summed:
         np.add(args[i], partial[i].sum(axis=0), out=args[i])
 
 
-def matmul(out, a, b, bias=None, add=False):
-    """out[...] = a @ b + bias, or out += a @ b; a (M,J), b (J,K), bias (K,) or None -> out (M,K).
+def matmul(out, a, b, add=False):
+    """out[...] = a @ b, or out += a @ b; a (M,J), b (J,K) -> out (M,K), in blocks.
 
-    out may be a transposed view, if there is no bias. Every block reads the other operand whole, so
-    the larger is cut: wide products into columns, tall ones into rows. BLAS is faster on large
-    blocks, so there are few: as many as the square root of the product's size in units of 2^22
-    multiplications, at most 16, none below 64 wide.
+    Every block reads the other operand whole, so the longer side of out is cut. BLAS is faster on
+    large blocks, so there are few: as many as the square root of the product's size in units of
+    2^22 multiplications, at most 24, none below 64 wide.
     """
-    if not out.flags.c_contiguous:  # a transposed view: (a b)^T = b^T a^T is in memory's order
-        out, a, b = out.T, b.T, a.T
     (M, J), K = a.shape, b.shape[1]
-    n = 1 if parallel.busy else min(16, max(M, K) / 64, math.sqrt(M * J * K / 2**22))
+    n = 1 if parallel.is_nested() else min(24, max(M, K) / 64, math.sqrt(M * J * K / 2**22))
 
     def work(block):
-        rows, cols = (slice(None), block) if K >= M else (block, slice(None))
+        rows, columns = (slice(None), block) if K >= M else (block, slice(None))
+        part = out[rows, columns]
         if add:
-            out[rows, cols] += a[rows] @ b[:, cols]
+            part += np.matmul(a[rows], b[:, columns], out=np.empty_like(part))
         else:
-            np.matmul(a[rows], b[:, cols], out=out[rows, cols])
-        if bias is not None:
-            out[rows, cols] += bias[cols]
-    parallel(work, split(max(M, K), n))
+            np.matmul(a[rows], b[:, columns], out=part)
+    parallel(work, split(max(M, K), n, evenly=True))
 
 
 def usable_cpus():
     """The number of processors of this process, by a container's quota and torchrun's share."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for path in "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us":  # versions 2 and 1
-        if Path(path).exists():
-            quota, *period = Path(path).read_text().split()
-            if quota not in ("max", "-1"):
-                period = period or [Path(path).with_name("cpu.cfs_period_us").read_text()]
-                cpus = min(cpus, max(1, int(quota) // int(period[0])))
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cpus = min(cpus, max(1, quota // period))
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cpus)
 
 
 parallel = Pool(usable_cpus())
@@ -1481,186 +1910,223 @@ if hasattr(os, "register_at_fork"):  # a forked child does not have its parent's
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
-MODELS = {"baby": {}, "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-          "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-          "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
-FINE_TUNING = dict(lr=1e-4, min_lr=1e-5)
-HIGHEST = {"n_layer": 10000, "beta1": 0.99999, "beta2": 0.99999, "top_p": 1}
-# Titles of groups, and options: name, type or choices, lowest value, default, help. Where the
-# default is a pair, its first value is for baby, its second for the larger models.
-OPTIONS = [
-    "most used: what to train, and for how long",
-    ("model", MODELS, None, "baby", "preset: architecture and hyperparameters"),
-    ("init_from", str, None, None, "start from the weights in the folder of a model or a run, or "
-     "from OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl; without --steps, only sample"),
-    ("resume", bool, None, None, "continue the run in --out with its options, except those given"),
-    ("steps", int, 0, (5500, 1000), "training steps; 0 only validates and samples"),
-    ("prompt", str, None, None, "text that samples continue"),
-    ("out", str, None, "out", "folder for log.csv and checkpoints"),
-    "data: the tokens to train and validate on",
-    ("train_bin", str, None, None, "token file, or a pattern of several (default: Shakespeare)"),
-    ("val_bin", str, None, None, "the same for validation"),
-    ("tokenizer", Tokenizer.sizes, None, ("byte", "gpt2"), "bytes, or GPT-2's 50,257 tokens"),
-    "architecture: the sizes of a new model",
-    ("n_layer", int, 1, (3, 12), "L, blocks"),
-    ("n_head", int, 1, (4, 12), "H, attention heads"),
-    ("n_embd", int, 1, (128, 768), "C, channels"),
-    ("n_positions", int, 1, (64, 1024), "longest context"),
-    "training: batches and the optimizer",
-    ("batch_size", int, 1, (12, 4), "B, sequences in a micro-batch, shared among all processes"),
-    ("seq_len", int, 1, None, "T, tokens in a sequence: 64, or n_positions if that is less"),
-    ("grad_accum", int, 1, 1, "micro-batches per step"),
-    ("lr", float, 0, (3e-3, 3e-4), "highest learning rate"),
-    ("min_lr", float, 0, (1e-4, 3e-5), "learning rate at the end"),
-    ("warmup", int, 0, 100, "steps up to the highest learning rate"),
-    ("beta1", float, 0, 0.9, "AdamW: decay of the average gradient, below 1"),
-    ("beta2", float, 0, (0.99, 0.95), "AdamW: decay of the average squared gradient, below 1"),
-    ("weight_decay", float, 0, 0.1, "decoupled weight decay of matrices"),
-    ("grad_clip", float, 0, 1.0, "maximum global gradient norm (0: no clipping)"),
-    ("seed", int, 0, 1337, "seed of weights, batches and samples"),
-    ("threads", int, 1, None, "threads, if not one per processor"),
-    "evaluation: what happens between steps",
-    ("log_every", int, 1, (50, 1), "steps between log lines"),
-    ("eval_every", int, 1, 500, "steps between validations"),
-    ("eval_tokens", int, 0, (0, 8192), "validate on the first so many tokens (0: all)"),
-    ("sample_every", int, 1, 1000, "steps between samples"),
-    ("save_every", int, 1, 250, "steps between checkpoints, of which two are kept"),
-    "sampling: how text is generated",
-    ("num_samples", int, 1, 1, "samples with --init_from"),
-    ("max_new_tokens", int, 0, 500, "tokens in a sample"),
-    ("temperature", float, 0, 0.8, "below 1 favours likely tokens more; 0 takes the likeliest"),
-    ("top_k", int, 1, None, "draw from the k likeliest tokens"),
-    ("top_p", float, 0, None, "draw from the likeliest tokens that reach this probability")]
+LARGE = dict(steps=1000, tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, n_positions=1024,
+             batch_size=4, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1, eval_tokens=8192)
+PRESETS = {"baby": {}, "gpt2": LARGE,
+           "gpt2-medium": LARGE | dict(n_layer=24, n_head=16, n_embd=1024),
+           "gpt2-large": LARGE | dict(n_layer=36, n_head=20, n_embd=1280),
+           "gpt2-xl": LARGE | dict(n_layer=48, n_head=25, n_embd=1600)}
+FINE_TUNING = dict(steps=None, lr=1e-4, min_lr=1e-5)
+
+
+def number(kind, low, high):
+    """A type for argparse: a number of this kind in low..high."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {name} from {low} to {high}, not "
+                                             f"{text:.20}")
+        return value
+    return read
+
+
+natural = number(int, 1, 2**32)
+count = number(int, 0, 2**32)
+real = number(float, 0, 1e38)
+
+
+def make_parser():
+    """The options with the defaults of the preset baby."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt2.py", allow_abbrev=False, add_help=False,
+        description="Train GPT-2 in NumPy. Without options, a small model learns Shakespeare.")
+    parser.error = lambda message: require(False, f"{message} (see --help)")
+
+    def add(name, kind, default, text, group=None):
+        text += "" if default is None else " (default: %(default)s)"
+        look = {"choices": list(kind)} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
+        (group or section).add_argument(f"--{name}", default=default, help=text, **look)
+    section = parser.add_argument_group("most used: what to train, and for how long")
+    section.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    start = section.add_mutually_exclusive_group()
+    add("model", PRESETS, "baby", "preset: architecture and hyperparameters", start)
+    add("init_from", str, None, "start from the weights in the folder of a model or a run, or from "
+        "OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl; without --steps, only sample", start)
+    start.add_argument("--resume", action="store_true",
+                       help="continue the run in --out with its options, except those given")
+    add("steps", count, 5500, "training steps; 0 only validates and samples")
+    add("prompt", str, None, "text that samples continue")
+    add("out", str, "out", "folder for log.csv and checkpoints")
+    section = parser.add_argument_group("data: the tokens to train and validate on")
+    add("train_bin", str, None, "token file, or a pattern of several (default: Shakespeare)")
+    add("val_bin", str, None, "the same for validation")
+    add("tokenizer", Tokenizer.sizes, "byte", "bytes, or GPT-2's 50,257 tokens")
+    section = parser.add_argument_group("architecture: the sizes of a new model")
+    add("n_layer", number(int, 1, 10000), 3, "L, blocks")
+    add("n_head", natural, 4, "H, attention heads")
+    add("n_embd", natural, 128, "C, channels")
+    add("n_positions", natural, 64, "longest context")
+    section = parser.add_argument_group("training: batches and the optimizer")
+    add("batch_size", natural, 12, "B, sequences in a micro-batch, shared among all processes")
+    add("seq_len", natural, None, "T, tokens in a sequence (default: 64, or n_positions if less)")
+    add("grad_accum", natural, 1, "micro-batches per step")
+    add("lr", real, 3e-3, "highest learning rate")
+    add("min_lr", real, 1e-4, "learning rate at the end")
+    add("warmup", count, 100, "steps up to the highest learning rate")
+    add("beta1", number(float, 0, 0.99999), 0.9, "AdamW: decay of the average gradient")
+    add("beta2", number(float, 0, 0.99999), 0.99, "AdamW: decay of the average squared gradient")
+    add("weight_decay", real, 0.1, "decoupled weight decay of matrices")
+    add("grad_clip", real, 1.0, "maximum global gradient norm (0: no clipping)")
+    add("seed", count, 1337, "seed of weights, batches and samples")
+    add("threads", number(int, 1, 256), None, "threads (default: one per processor)")
+    section = parser.add_argument_group("evaluation: what happens between steps")
+    add("log_every", natural, 50, "steps between log lines")
+    add("eval_every", natural, 500, "steps between validations")
+    add("eval_tokens", count, 0, "validate on the first so many tokens (0: all)")
+    add("sample_every", natural, 1000, "steps between samples")
+    add("save_every", natural, 250, "steps between checkpoints, of which two are kept")
+    section = parser.add_argument_group("sampling: how text is generated")
+    add("num_samples", natural, 1, "samples with --init_from")
+    add("max_new_tokens", count, 500, "tokens in a sample")
+    add("temperature", real, 0.8, "below 1 favours likely tokens more; 0 takes the likeliest")
+    add("top_k", natural, None, "draw from the k likeliest tokens")
+    add("top_p", number(float, 0, 1), None, "draw from the likeliest tokens of this probability")
+    return parser
+
+
+def find_model(name):
+    """The folder of a model: NAME, or the last checkpoint in it; data/NAME for OpenAI's models."""
+    if name in PRESETS and name != "baby":
+        if not (DATA / name / "model.safetensors").exists():
+            fetch("download_model", name)
+        return DATA / name
+    return (checkpoints(name) or [Path(name)])[-1]
 
 
 def parse_arguments(argv):
     """The options of a run, and the state in which a resumed run was saved (or None).
 
-    Options that are not given come from the preset, or from the run that --resume continues.
-    args.folder has the weights to start from; with args.only_sample, the run only prints samples.
+    An option that is given wins over that of a saved run, and that over the preset's. args.folder
+    has the weights to start from; if args.steps is None, the run only prints samples.
     """
-    parser = argparse.ArgumentParser(
-        prog="train_gpt2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="Train GPT-2 in NumPy. Without options, a small model learns Shakespeare.")
-    parser.error = lambda message: require(False, f"{message} (see --help)")
-    pairs, lowest, folder, state = {}, {}, None, None
-    for option in OPTIONS:
-        if isinstance(option, str):
-            group = parser.add_argument_group(option)
-            continue
-        name, kind, lowest[name], default, text = option
-        pairs[name] = default if isinstance(default, tuple) else (default, default)
-        default = " or, for gpt2, ".join(map(str, dict.fromkeys(pairs[name])))
-        text += f" (default: {default})" * (default != "None")
-        reading = {"action": "store_true"} if kind is bool else \
-            {"choices": kind} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
-        group.add_argument(f"--{name}", help=text, **reading)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        low, high = lowest[name], HIGHEST.get(name, sys.float_info.max)
-        limits = f"from {low} to {high}" if name in HIGHEST else f"at least {low}"
-        require(low is None or low <= value <= high,
-                f"--{name} must be {limits}, not {value!s:.20}")
-    require(("train_bin" in given) == ("val_bin" in given),
-            "--train_bin and --val_bin belong together; give both, or neither")
-    require(len(given.keys() & {"model", "init_from", "resume"}) < 2,
-            "--model, --init_from and --resume exclude each other; give one of them")
-    large = "init_from" in given or given.get("model", "baby") != "baby"
-    args = {name: pair[large] for name, pair in pairs.items()} | MODELS[given.get("model", "baby")]
-    if "resume" in given:
-        out = given.get("out", "out")
-        require(checkpoints(out), f"--resume: {out} has no checkpoint; give the run as --out")
-        folder = checkpoints(out)[-1]
-        state = read_json(folder / "trainer.json", ["step", "options", "shards", "rngs", "crc32"])
-        args |= state["options"]
-    elif "init_from" in given:
-        folder = find_model(given["init_from"])
-        by_size = {size: name for name, size in Tokenizer.sizes.items()}
-        args |= FINE_TUNING | {"tokenizer": by_size.get(read_config(folder).vocab_size)}
-    if folder:
+    parser = make_parser()
+    first, _ = parser.parse_known_args(argv)
+    folder = state = None
+    parser.set_defaults(**PRESETS[first.model])
+    if first.init_from is not None:
+        folder = find_model(first.init_from)
         sizes = asdict(read_config(folder))
-        args |= sizes
-        for name in given.keys() & {*sizes, "tokenizer" if state else None}:
-            require(given[name] == args[name], f"--{name} {given[name]} does not fit {folder}, "
-                    f"which has {args[name]}; leave it out")
-    args = argparse.Namespace(**args | given, folder=folder)
+        names = {size: name for name, size in Tokenizer.sizes.items()}
+        tokenizer = names.get(sizes["vocab_size"])
+        preset = LARGE if tokenizer == "gpt2" else {}
+        parser.set_defaults(**preset | sizes | FINE_TUNING | {"tokenizer": tokenizer})
+    elif first.resume:
+        require(checkpoints(first.out),
+                f"--resume: {first.out} has no checkpoint; give the run's folder as --out")
+        folder = checkpoints(first.out)[-1]
+        state = read_state(folder)
+        options = state["options"]
+        sizes = asdict(read_config(folder)) | {"tokenizer": options["tokenizer"]}
+        for name in "train_bin", "val_bin":  # they may have been moved together with the run
+            with contextlib.suppress(TypeError, ValueError):  # None; on another drive of Windows
+                moved = os.path.join(first.out, os.path.relpath(options[name], state["out"]))
+                options[name] = moved if matching(moved) else options[name]
+        argv = [f"--{name}={x}" for name, x in options.items()
+                if x is not None or parser.get_default(name) is not None] + argv
+    args = parser.parse_args(argv)
+    if args.help:
+        parser.print_help()
+        sys.exit()
+    for name, value in vars(args).items():
+        require(value != [], f"--{name} needs a value (see --help)")  # argparse reads `--x=--` so
+    for name, value in sizes.items() if folder else ():
+        require(getattr(args, name, value) == value, f"--{name} {getattr(args, name, value)} does "
+                f"not fit {folder}, which has {value}; leave it out")
     require(args.tokenizer, f"{folder} has another vocabulary; give the --tokenizer to use with it")
+    require((args.train_bin is None) == (args.val_bin is None),
+            "--train_bin and --val_bin belong together; give both, or neither")
+    for name in "train_bin", "val_bin":  # --resume may be called from another folder
+        path = getattr(args, name)
+        if path and os.path.exists(path):
+            setattr(args, name, os.path.abspath(path))
+        elif path:  # a pattern
+            setattr(args, name, os.path.join(glob.escape(os.getcwd()), path))
     args.seq_len = args.seq_len or min(64, args.n_positions)
     require(args.seq_len <= args.n_positions,
             f"--seq_len {args.seq_len} is more than --n_positions {args.n_positions}; lower it")
-    require(not state or args.steps > state["step"],
-            f"--steps {args.steps}: the run has done so many already; give more")
-    args.only_sample = "init_from" in given and "steps" not in given
+    require(state is None or args.steps > state["step"], f"--steps {args.steps}: the run has "
+            "already completed that many steps; give a larger number")
+    args.folder = folder
     return args, state
+
+
+def make_model(args, state, B):
+    """(model, generator of batches): new, or from the folder; B sequences must fit into memory."""
+    config = read_config(args.folder) if args.folder else GPTConfig(
+        Tokenizer.sizes[args.tokenizer], args.n_positions, args.n_embd, args.n_layer, args.n_head)
+    shards = state["shards"] if state else choose_shards(config, B, args.seq_len, parallel.threads)
+    arrays = 1 if args.steps is None else 3 + min(shards, B)  # parameters, moments, gradients
+    n_bytes = 4 * (arrays * parameter_count(config) + activation_count(config, B * args.seq_len))
+    memory = 2**47  # what a process on Windows can address
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    require(n_bytes <= memory, f"this model and batch need {n_bytes / 1e9:,.1f} GB of memory, the "
+            f"system has {memory / 1e9:,.1f}; lower --n_layer, --n_embd, --batch_size or --seq_len")
+    rng = np.random.default_rng([args.seed, 1])
+    if state:
+        model, rng = load_checkpoint(args.folder, state)
+    elif args.folder:
+        model = GPT2.from_pretrained(args.folder)
+    else:
+        model = GPT2(config, seed=args.seed)
+    model.n_shards = shards
+    return model, rng
 
 
 def main():
     """The program."""
     STOP.clear()
     processes = Processes()
-    if processes.rank > 0:  # only rank 0 prints and writes; the others wait while it downloads
+    leader = processes.rank == 0  # only this one prints and writes; others wait while it downloads
+    if not leader:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        processes.all_reduce(np.zeros(1))
+        processes.sum(np.zeros(1))
     args, state = parse_arguments(sys.argv[1:])
-    tokenizer, paths = Tokenizer(args.tokenizer), () if args.only_sample else find_tokens(args)
-    if processes.rank == 0:
-        processes.all_reduce(np.zeros(1))
     parallel.threads = args.threads or usable_cpus()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss of nan is reported as such
-    config = read_config(args.folder) if args.folder else GPTConfig(
-        tokenizer.n_vocab, args.n_positions, args.n_embd, args.n_layer, args.n_head)
-    B, rest = divmod(args.batch_size, processes.size)
-    require(rest == 0, f"--batch_size {args.batch_size} cannot be shared equally among "
-            f"{processes.size} processes; give a multiple")
-    shards = state["shards"] if state else choose_shards(config, B, args.seq_len, parallel.threads)
-    require_memory(4 * count(activation_table(config, B, args.seq_len))
-                   + 4 * count(parameter_table(config)) * (1 if args.only_sample else 3 + shards))
-    if args.folder is None:
-        model = GPT2(config, seed=args.seed)
-    else:
-        model = load_checkpoint(args.folder, state) if state else GPT2.from_pretrained(args.folder)
-    if args.only_sample:
+    tokenizer = Tokenizer(args.tokenizer)
+    paths = [args.train_bin, args.val_bin]
+    if args.train_bin is None and args.steps is not None:
+        paths = [DATA / f"tinyshakespeare_{args.tokenizer}_{part}.bin" for part in ("train", "val")]
+        if not all(path.exists() for path in paths):
+            paths = fetch("prepare", args.tokenizer)
+        args.train_bin, args.val_bin = map(os.path.abspath, paths)  # --resume must use the same
+    if leader:
+        processes.sum(np.zeros(1))
+    if args.steps is None:
+        model, _ = make_model(args, state, 1)
         for i in range(args.num_samples):
-            print_sample(model, tokenizer, args, np.random.default_rng([args.seed, 2, i]))
-        return
-    train, val = (Tokens(path, config.vocab_size) for path in paths)
-    args.train_bin, args.val_bin = map(os.path.abspath, paths)  # --resume may be called elsewhere
-    rngs, model.n_shards = [np.random.default_rng([args.seed, i]) for i in (1, 2)], shards
-    for rng, saved in zip(rngs, state["rngs"] if state else ()):
-        rng.bit_generator.state = saved
-    say(f"model     {args.folder or args.model}: {model.flat_params.size:,} parameters, {config}\n"
-        f"batch     B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, "
-        f"processes {processes.size}, shards {len(split(B, shards))}, threads {parallel.threads}\n"
-        f"train     {len(train):,} {args.tokenizer} tokens in {', '.join(train.paths)}\n"
-        f"validate  {args.eval_tokens or len(val):,} of {len(val):,} tokens in "
-        f"{', '.join(val.paths)}")
-    if args.steps == 0:
-        say(f"val loss {evaluate(model, val, args):.4f}")
-        return print_sample(model, tokenizer, args, rngs[1])
-    files = {path.name: path.read_bytes() for path in (args.folder.iterdir() if args.folder else ())
-             if re.search("token|vocab|merges", path.name)}
-    files = files or tokenizer_files(tokenizer, config.n_positions)
-    processes.all_reduce(np.zeros(1))  # all have read their files, which may be in args.out
-    options = {name: value for name, value in vars(args).items()
-               if name not in ("resume", "out", "threads", "folder", "only_sample")}
-
-    def save():
-        save_checkpoint(args.out, model, files, {
-            "options": options, "rngs": [rng.bit_generator.state for rng in rngs]})
-    train_loop(args, model, tokenizer, train, val, processes, rngs, save)
-
-
-def require_memory(n_bytes):
-    """Raise UserError if the system has less memory."""
-    memory = 2**47  # on Windows, where a smaller array than this raises MemoryError
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    require(n_bytes <= memory, f"this model and batch need {n_bytes / 1e9:,.1f} GB of memory, the "
-            f"system has {memory / 1e9:,.1f}; lower --n_layer, --n_embd, --batch_size or --seq_len")
+            print_sample(model, tokenizer, args, i)
+    elif args.steps == 0:
+        run = Run(args, state, tokenizer, paths, processes)
+        run.validate()
+        print_sample(run.model, tokenizer, args, 0)
+    else:
+        with locked(args.out) if leader else contextlib.nullcontext():
+            earlier = [int(path.name[5:]) for path in checkpoints(args.out)]
+            require(args.resume or not earlier or not leader, f"{args.out} holds a run of "
+                    f"{max(earlier, default=0)} steps: --resume continues it, --out starts another "
+                    "elsewhere")
+            shutil.rmtree(Path(args.out) / "unfinished", ignore_errors=True)  # of a killed process
+            Run(args, state, tokenizer, paths, processes).take_steps()
 
 
 def run_program(main):
-    """Run main() and exit. A mistake that the user can correct prints one line, with status 2."""
+    """Run main() and exit. An error that the user can fix prints one line, with status 2."""
     status = 0
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # models write characters that a terminal may not have
@@ -1668,15 +2134,23 @@ def run_program(main):
     try:
         main()
     except (UserError, OSError, MemoryError) as error:
-        advice = "; check the path, permissions and space left" * isinstance(error, OSError)
-        print(f"{Path(sys.argv[0]).name}: error: {error}{advice}", file=sys.stderr)
+        advice = ""
+        if isinstance(error, OSError):
+            advice = "; check the path, permissions and space left"
+        message = " ".join(str(error).split())  # one line
+        say(f"{Path(sys.argv[0]).name}: error: {message}{advice}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except SystemExit as end:
-        status = end.code
+        status = end.code or 0
     say("", end="")  # notices a closed pipe
-    sys.exit(STOP[0] if STOP else status)
+    if 13 in STOP:
+        status = 128 + 13
+    elif status == 0 and any(isinstance(reason, OSError) for reason in STOP):
+        say(f"{Path(sys.argv[0]).name}: error: cannot print: {STOP[0]}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 if __name__ == "__main__":
