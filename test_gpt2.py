@@ -1186,8 +1186,8 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
         "model     baby: 7,680 parameters, GPTConfig(vocab_size=257, n_positions=16, n_embd=16, "
         "n_layer=1, n_head=2)",
         "batch     B=6 T=16, micro-batches 2, processes 1, shards 1, threads 3",
-        f"train     3,000 byte tokens in {Path('train.bin').absolute()}",
-        f"validate  150 of 200 tokens in {Path('val.bin').absolute()}"]
+        "train     3,000 byte tokens in train.bin",
+        "validate  150 of 200 tokens in val.bin"]
     rows = []
     for step, end in (
             (1, "lr 2.00e-03 | 40000 ms |     5 tok/s | 0:02:00 left"), (2, ""),
@@ -1219,7 +1219,7 @@ def test_run_on_a_text_of_one_window_samples_when_it_is_due(train, capsys):
 @pytest.mark.parametrize("name, prompt, shown, note", [
     ("byte", "Oh, so long", "Oh, so long", "the prompt has 11 tokens; only the last 8 are used\n"),
     ("byte", "just 8 B", "just 8 B", ""), ("byte", None, "\n", ""),
-    ("byte", "\udcc3\udca9\udcff", "é\ufffd", ""),  # how Python passes bytes that are not UTF-8
+    ("byte", "\udcff", "?", ""),  # how Python passes a byte that is not UTF-8
     ("gpt2", None, "<|endoftext|>", "")])
 def test_run_samples_whole_characters(monkeypatch, capsys, name, prompt, shown, note):
     """The last token here is the first byte of a character that has no end."""
@@ -1293,14 +1293,13 @@ def test_run_saves_whatever_becomes_of_its_output(train, before, in_step, status
 def test_run_stops_at_once_at_a_second_ctrl_c_but_not_at_its_echo(monkeypatch):
     """torchrun sends every Ctrl-C twice. Another signal never ends a run before it is saved."""
     now = [100]
-    monkeypatch.setattr(gpt2.on_signal, "first", math.inf)
     monkeypatch.setattr(gpt2, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     gpt2.on_signal(signal.SIGINT, None)
     now[0] = 100.9
     gpt2.on_signal(signal.SIGINT, None)
     now[0] = 102
     gpt2.on_signal(signal.SIGTERM, None)
-    assert gpt2.STOP[0] == signal.SIGINT
+    assert next(iter(gpt2.STOP)) == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         gpt2.on_signal(signal.SIGINT, None)
 
@@ -1428,13 +1427,13 @@ def test_checkpoint_may_be_of_another_program(tmp_path, dtype, convert, expected
     assert (found.flat_params == expected(model.flat_params)).all() and found.config == SMALL
 
 
-DAMAGED = "not a safetensors file of floats, or damaged .{1,130}; download or save it again$"
+DAMAGED = r"damaged, or not the floats of this model \(.{1,160}\); get it again, with the .*"
 
 
 @pytest.mark.parametrize("name, entry, message", [
-    ("transformer.h.1.mlp.c_fc.bias", None, r"h.1.mlp.c_fc.bias is missing, but \(48,\)"),
-    ("extra", {}, "extra is not in the model"),
-    ("ln_f.bias", {"shape": [6, 2]}, r"ln_f.bias is \(6, 2\), but \(12,\) in the model"),
+    ("transformer.h.1.mlp.c_fc.bias", None, ".*h.1.mlp.c_fc.bias missing or surplus"),
+    ("extra", {}, ".*extra missing or surplus"),
+    ("ln_f.bias", {"shape": [6, 2]}, r".*ln_f.bias is \[6, 2\], in the model \[12\]"),
     ("ln_f.bias", {"dtype": "I32"}, DAMAGED), ("ln_f.bias", {"data_offsets": 1}, DAMAGED),
     *(("ln_f.bias", {"data_offsets": offsets}, DAMAGED) for offsets in [
         [-96, -48], [0, 47], [48, 0], [0, 10**400], [0, 10**9], [0.0, 48.0], ["0", "48"]]),
@@ -1811,9 +1810,10 @@ def test_processes_call_only_a_lost_connection_one(monkeypatch, message, kind):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with mock.patch.multiple("torch.distributed", init_process_group=mock.DEFAULT,
-                             destroy_process_group=mock.DEFAULT) as network:
+                             new_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT) as network:
         processes = gpt2.Processes()
-    assert network["init_process_group"].call_args.kwargs["timeout"].days >= 1
+    assert network["init_process_group"].call_args.kwargs["timeout"].seconds == 120
+    assert network["new_group"].call_args.kwargs["timeout"].days >= 1
     processes.network = mock.Mock()
     processes.network.all_reduce.side_effect = RuntimeError(message)
     lost = "rank 1 lost the connection to another process; .*--resume"
@@ -2084,7 +2084,7 @@ def test_fork_of_a_process_that_has_trained_can_train():
 # The command line.
 
 DEFAULTS = dict(
-    help=False, model="baby", init_from=None, resume=False, steps=5500, prompt=None, out="out",
+    model="baby", init_from=None, resume=False, steps=5500, prompt=None, out="out",
     train_bin=None, val_bin=None, tokenizer="byte", n_layer=3, n_head=4, n_embd=128, n_positions=64,
     batch_size=12, seq_len=64, grad_accum=1, lr=3e-3, min_lr=1e-4, warmup=100, beta1=0.9,
     beta2=0.99, weight_decay=0.1, grad_clip=1.0, seed=1337, threads=None, log_every=50,
@@ -2136,7 +2136,7 @@ def test_command_refuses_numbers_out_of_bounds(low, high, name):
 
 def test_command_has_no_other_options():
     numbers = {name for names in BOUNDS.values() for name in names.split()}
-    assert DEFAULTS.keys() - numbers == {"help", "model", "init_from", "resume", "prompt", "out",
+    assert DEFAULTS.keys() - numbers == {"model", "init_from", "resume", "prompt", "out",
                                          "train_bin", "val_bin", "tokenizer", "folder"}
 
 

@@ -1219,8 +1219,7 @@ def write_file(path, *parts):
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with open(unfinished, "wb") as file:
-            for part in parts:
-                file.write(part)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -1238,8 +1237,11 @@ def write_tokens(path, ids):
 
 
 def matching(pattern):
-    """The file of this name, or the files that match this pattern."""
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
+    """The file of this name, or the files whose names match this pattern."""
+    folder, name = os.path.split(pattern)  # only the name is a pattern: a folder may be called x[1]
+    if os.path.exists(pattern):
+        return [pattern]
+    return [os.path.join(folder, match) for match in sorted(glob.glob(name, root_dir=folder))]
 
 
 def read_tokens(pattern, vocab_size):
@@ -1270,7 +1272,7 @@ def read_tokens(pattern, vocab_size):
 # A run: what the program does between the steps. It logs, validates, samples, saves and stops.
 
 COLUMNS = ["step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"]
-STOP = []  # why the program must stop: the numbers of signals, or an error of its output
+STOP = {}  # why the program must stop (numbers of signals, errors of its output): since when
 
 
 def say(text, end="\n", file=None):
@@ -1279,30 +1281,26 @@ def say(text, end="\n", file=None):
     try:
         print(text, end=end, file=file, flush=True)
     except OSError as error:
-        STOP.append(13 if isinstance(error, BrokenPipeError) else error)  # 13 is SIGPIPE
+        reason = 13 if isinstance(error, BrokenPipeError) else error  # 13 is SIGPIPE
+        STOP.setdefault(reason, time.monotonic())
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def show_progress(text):
     """Replace the last line of the terminal, if stderr is one."""
     if sys.stderr and sys.stderr.isatty():
-        try:
+        width = 79
+        with contextlib.suppress(OSError):
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-        except OSError:
-            width = 79
         say(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr)
 
 
 def on_signal(number, frame):
     """Ask to stop after this step. Another Ctrl-C, more than a second later, stops at once."""
     now = time.monotonic()
-    if number == signal.SIGINT and now > on_signal.first + 1:  # torchrun sends each Ctrl-C twice
+    if number == signal.SIGINT and now > STOP.get(number, now) + 1:  # torchrun sends each twice
         raise KeyboardInterrupt
-    on_signal.first = min(on_signal.first, now)
-    STOP.append(number)
-
-
-on_signal.first = math.inf  # when the first signal came
+    STOP.setdefault(number, now)
 
 
 @contextlib.contextmanager
@@ -1312,11 +1310,11 @@ def locked(folder, wait=False):
     Raises UserError if another process holds it, or waits. Systems without locks do nothing.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    try:
+    with contextlib.ExitStack() as at_end:
         try:
             import fcntl
             descriptor = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training in this folder; wait until it "
@@ -1324,9 +1322,6 @@ def locked(folder, wait=False):
         except (ImportError, OSError):
             pass
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def activation_count(config, N):
@@ -1367,7 +1362,7 @@ def evaluate(model, tokens, B, T, limit=0):
 def print_sample(model, tokenizer, args, number):
     """Generate text and print it as it is produced; the seed and the number determine it."""
     prompt = args.prompt or ("\n" if tokenizer.name == "byte" else "<|endoftext|>")
-    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    prompt = prompt.encode("utf-8", "replace").decode()  # an argument may not be UTF-8
     ids, context = tokenizer.encode(prompt), model.config.n_positions
     if len(ids) > context:
         say(f"the prompt has {len(ids)} tokens; only the last {context} are used", file=sys.stderr)
@@ -1400,7 +1395,7 @@ def open_log(out, step):
 class Run:
     """A model in training with its tokens. Making one says what is trained on what."""
 
-    def __init__(self, args, state, tokenizer, paths, processes):
+    def __init__(self, args, state, tokenizer, processes):
         self.args = args
         self.tokenizer = tokenizer
         self.processes = processes
@@ -1410,29 +1405,30 @@ class Run:
         self.schedule = functools.partial(learning_rate, steps=args.steps, warmup=args.warmup,
                                           lr=args.lr, min_lr=args.min_lr)
         self.model, self.rng = make_model(args, state, self.B)
-        self.tokens, self.val_tokens = (
-            read_tokens(path, self.model.config.vocab_size) for path in paths)
+        self.tokens = read_tokens(args.train_bin, self.model.config.vocab_size)
+        self.val_tokens = read_tokens(args.val_bin, self.model.config.vocab_size)
         n, n_val = len(self.tokens), len(self.val_tokens)
-        require(n > args.seq_len, f"{paths[0]}: {n} tokens are too few for --seq_len "
+        require(n > args.seq_len, f"{args.train_bin}: {n} tokens are too few for --seq_len "
                 f"{args.seq_len}; lower it, or give more text")
-        require(n_val > 1, f"{paths[1]}: {n_val} tokens are too few; give more text")
         say(f"model     {args.folder or args.model}: {self.model.flat_params.size:,} parameters, "
             f"{self.model.config}\n"
             f"batch     B={args.batch_size} T={args.seq_len}, micro-batches {args.grad_accum}, "
             f"processes {processes.size}, shards {min(self.B, self.model.n_shards)}, "
             f"threads {parallel.threads}\n"
-            f"train     {n:,} {args.tokenizer} tokens in {paths[0]}\n"
+            f"train     {n:,} {args.tokenizer} tokens in {args.train_bin}\n"
             f"validate  {min(args.eval_tokens or n_val, n_val):,} of {n_val:,} tokens in "
-            f"{paths[1]}")
+            f"{args.val_bin}")
 
     def save(self):
         """Write a checkpoint."""
         args, model = self.args, self.model
         options = {name: x for name, x in vars(args).items() if name not in UNSAVED}
+        for name in "train_bin", "val_bin":  # --resume may be called from another folder
+            options[name] = os.path.abspath(options[name])
+        rng = self.rng.bit_generator.state
         save_checkpoint(args.out, model, self.files, {
             "step": model.step, "options": options, "out": os.path.abspath(args.out),
-            "shards": model.n_shards, "rng": self.rng.bit_generator.state,
-            "crc32": checksum(model)})
+            "shards": model.n_shards, "rng": rng, "crc32": checksum(model, rng)})
 
     def validate(self):
         """Print the validation loss and return it."""
@@ -1449,14 +1445,13 @@ class Run:
                        if name not in UNSAVED | {"train_bin", "val_bin"}}
             processes.require_equal(options | {
                 "step": self.model.step, "training text": zlib.crc32(self.tokens),
-                "set of weights": checksum(self.model)})
-        on_signal.first = math.inf
+                "set of weights": checksum(self.model, self.rng.bit_generator.state)})
         own = [args.folder / name for name in TOKENIZER_FILES] if args.folder else []
         self.files = {path.name: path.read_bytes() for path in own if path.is_file()}
         self.files = self.files or tokenizer_files(self.tokenizer, args.n_positions)
-        for name in "SIGINT", "SIGTERM", "SIGHUP":
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in signal.SIGINT, signal.SIGTERM, hangup:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, on_signal)
         log = open_log(args.out, self.model.step) if processes.rank == 0 else None
         times = []  # since the last line of the log
@@ -1476,7 +1471,7 @@ class Run:
                 self.save()
             if stop and not last:
                 end = f"stopped after step {step}, saved in {args.out}; --resume continues"
-                reason = STOP[0] if STOP else signal.SIGTERM  # it came to another process
+                reason = next(iter(STOP), signal.SIGTERM)  # none: it came to another process
                 require(isinstance(reason, int), f"cannot print ({reason}); {end}")
                 say(end)
                 sys.exit(128 + reason)
@@ -1522,7 +1517,7 @@ PLAIN_GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_no
               "add_cross_attention": False, "tie_word_embeddings": True}
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json"]
-UNSAVED = {"help", "model", "init_from", "resume", "out", "threads", "folder"}
+UNSAVED = {"model", "init_from", "resume", "out", "threads", "folder"}
 
 
 def write_tensors(path, tensors):
@@ -1550,33 +1545,29 @@ def read_tensors(path, arrays):
     if not path.exists() and [*path.parent.glob("model*.index.json"), *path.parent.glob("*.bin")]:
         raise UserError(f"{path} is missing, and the weights are in other files; write it with "
                         'transformers: model.save_pretrained(FOLDER, max_shard_size="10GB")')
+    known = r"__metadata__|lm_head\.weight|h\.\d+\.attn\.(masked_)?bias"
     try:
         data = np.memmap(path, np.uint8, "r")  # stays on disk until it is used
         length = int.from_bytes(data[:8].tobytes(), "little")
         index = json.loads(data[8:8 + length].tobytes())
-        data = data[8 + length:]
         index = {name.removeprefix("transformer."): entry for name, entry in index.items()}
-        tensors = {}
-        for name in arrays.keys() & index.keys():
+        other = [name for name in arrays.keys() ^ index.keys() if not re.fullmatch(known, name)]
+        require(not other, f"{', '.join(sorted(other)):.80} missing or surplus")
+        for name, array in arrays.items():
             entry = index[name]
+            require(tuple(entry["shape"]) == array.shape,
+                    f"{name} is {entry['shape']!s:.40}, in the model {[*array.shape]}")
             start, stop = entry["data_offsets"]
-            require(0 <= start <= stop <= len(data), f"{name} ends at byte {stop!r:.20}")
-            x = data[start:stop].view(FLOATS[entry["dtype"]]).reshape(entry["shape"])
+            x = np.frombuffer(data[8 + length:], FLOATS[entry["dtype"]], array.size, start)
+            require(stop == start + x.nbytes, f"{name} ends at byte {stop!r:.20}")
+            x = x.reshape(array.shape)
             if entry["dtype"] == "BF16":  # the upper half of a float32
                 x = (x.astype(np.uint32) << 16).view(np.float32)
-            tensors[name] = x
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file of floats, or damaged ({error!s:.100}); "
-                        "download or save it again") from None
-    for name, array in arrays.items():
-        shape = tensors[name].shape if name in tensors else "missing"
-        require(shape == array.shape, f"{path}: {name} is {shape}, but {array.shape} in the model; "
-                "use a model.safetensors and a config.json that belong together")
-        array[...] = tensors[name]
-    known = r"__metadata__|lm_head\.weight|h\.\d+\.attn\.(masked_)?bias"
-    surplus = [name for name in index.keys() - arrays.keys() if not re.fullmatch(known, name)]
-    require(not surplus, f"{path}: {', '.join(sorted(surplus)):.80} is not in the model; use a "
-            "model.safetensors and a config.json that belong together")
+            array[...] = x
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
+        raise UserError(f"{path}: damaged, or not the floats of this model ({error!s:.160}); get "
+                        "it again, with the config.json that belongs to it") from None
 
 
 def read_json(path):
@@ -1635,7 +1626,6 @@ def checkpoints(out):
 def save_checkpoint(out, model, files, state):
     """Write OUT/step_... with `files` {name: bytes}, whole or not at all; keep the one before."""
     unfinished = Path(out) / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # a process may have been killed while saving
     try:
         model.save_pretrained(unfinished)
         write_tensors(unfinished / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
@@ -1650,9 +1640,9 @@ def save_checkpoint(out, model, files, state):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def checksum(model):
-    """The CRC-32 of the sizes, the parameters and the optimizer's moments."""
-    crc32 = zlib.crc32(repr(model.config).encode())
+def checksum(model, rng):
+    """The CRC-32 of the state of the random generator, sizes, parameters and moments."""
+    crc32 = zlib.crc32(json.dumps([rng, asdict(model.config)]).encode())
     for flat in model.flat_params, model.flat_m, model.flat_v:
         crc32 = zlib.crc32(flat, crc32)
     return crc32
@@ -1674,15 +1664,12 @@ def load_checkpoint(folder, state):
     """(model, random generator) of a checkpoint. Raises UserError if a file has changed."""
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
+    require(checksum(model, state["rng"]) == state["crc32"], f"{folder}: config.json, a number or "
+            "the state of the random generator has changed since it was saved; remove it to resume "
+            "from the checkpoint before it")
     model.step = state["step"]
     rng = np.random.default_rng()
-    good = checksum(model) == state["crc32"]
-    try:
-        rng.bit_generator.state = state["rng"]
-    except (ValueError, TypeError, LookupError, OverflowError, AttributeError):
-        good = False
-    require(good, f"{folder}: config.json, a number or the state of the random generator has "
-            "changed since it was saved; remove it to resume from the checkpoint before it")
+    rng.bit_generator.state = state["rng"]
     return model, rng
 
 
@@ -1714,8 +1701,9 @@ class Processes:
             if self.size > 1:
                 from torch import distributed, from_numpy
                 self.network, self.tensor = distributed, from_numpy
+                distributed.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))
                 # others wait while rank 0 downloads or validates, however long that takes
-                distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+                self.group = distributed.new_group(timeout=datetime.timedelta(days=7))
                 atexit.register(distributed.destroy_process_group)
         except Exception as error:  # of many kinds
             reason = str(error).partition("\n")[0]
@@ -1734,7 +1722,7 @@ class Processes:
         if self.size == 1:
             return
         try:
-            self.network.all_reduce(self.tensor(flat))
+            self.network.all_reduce(self.tensor(flat), group=self.group)
         except RuntimeError as error:
             require(not re.search("connection|closed|reset by peer|timed out", str(error), re.I),
                     f"rank {self.rank} lost the connection to another process; see that process's "
@@ -1796,16 +1784,13 @@ class Pool:
             for item in items:
                 work(item)
             return
-        left = deque(items)  # popleft gives every item to one thread only, also without a GIL
+        # popleft gives every item to one thread only, also without a GIL; None ends its work
+        left = deque([*items, *[None] * self.threads])
 
         def work_through():
             try:
                 self.this_thread.nested = True
-                while True:
-                    try:
-                        item = left.popleft()
-                    except IndexError:  # none is left
-                        return
+                for item in iter(left.popleft, None):
                     work(item)
             finally:
                 self.this_thread.nested = False
@@ -1814,19 +1799,22 @@ class Pool:
             for _ in range(min(self.threads, len(items)) - 1):
                 helpers.append(self.executor.submit(work_through))
             work_through()
+        except BaseException:  # an error or Ctrl-C: nothing new begins
+            left.clear()
+            raise
         finally:
-            left.clear()  # after an error or Ctrl-C, nothing new begins
-            interrupt = None
-            while True:
-                try:
-                    wait(helpers)
-                    break
-                except KeyboardInterrupt as error:  # raise it when the helpers have finished
-                    interrupt = error
-            if interrupt:
-                raise interrupt
+            wait_for(helpers)
         for helper in helpers:
             helper.result()  # raises the error that a thread has met
+
+
+def wait_for(futures):
+    """Wait until all have finished; Ctrl-C in the meantime is raised afterwards."""
+    try:
+        wait(futures)
+    except KeyboardInterrupt:
+        wait_for(futures)
+        raise
 
 
 def split(n, parts, evenly=False):
@@ -1951,7 +1939,7 @@ def make_parser():
         look = {"choices": list(kind)} if isinstance(kind, dict) else {"type": kind, "metavar": "X"}
         (group or section).add_argument(f"--{name}", default=default, help=text, **look)
     section = parser.add_argument_group("most used: what to train, and for how long")
-    section.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    section.add_argument("-h", "--help", action="help", help="show this text and exit")
     start = section.add_mutually_exclusive_group()
     add("model", PRESETS, "baby", "preset: architecture and hyperparameters", start)
     add("init_from", str, None, "start from the weights in the folder of a model or a run, or from "
@@ -2014,7 +2002,7 @@ def parse_arguments(argv):
     has the weights to start from; if args.steps is None, the run only prints samples.
     """
     parser = make_parser()
-    first, _ = parser.parse_known_args(argv)
+    first, _ = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")])
     folder = state = None
     parser.set_defaults(**PRESETS[first.model])
     if first.init_from is not None:
@@ -2034,13 +2022,11 @@ def parse_arguments(argv):
         for name in "train_bin", "val_bin":  # they may have been moved together with the run
             with contextlib.suppress(TypeError, ValueError):  # None; on another drive of Windows
                 moved = os.path.join(first.out, os.path.relpath(options[name], state["out"]))
-                options[name] = moved if matching(moved) else options[name]
+                if matching(moved):
+                    options[name] = os.path.normpath(moved)
         argv = [f"--{name}={x}" for name, x in options.items()
                 if x is not None or parser.get_default(name) is not None] + argv
     args = parser.parse_args(argv)
-    if args.help:
-        parser.print_help()
-        sys.exit()
     for name, value in vars(args).items():
         require(value != [], f"--{name} needs a value (see --help)")  # argparse reads `--x=--` so
     for name, value in sizes.items() if folder else ():
@@ -2049,12 +2035,6 @@ def parse_arguments(argv):
     require(args.tokenizer, f"{folder} has another vocabulary; give the --tokenizer to use with it")
     require((args.train_bin is None) == (args.val_bin is None),
             "--train_bin and --val_bin belong together; give both, or neither")
-    for name in "train_bin", "val_bin":  # --resume may be called from another folder
-        path = getattr(args, name)
-        if path and os.path.exists(path):
-            setattr(args, name, os.path.abspath(path))
-        elif path:  # a pattern
-            setattr(args, name, os.path.join(glob.escape(os.getcwd()), path))
     args.seq_len = args.seq_len or min(64, args.n_positions)
     require(args.seq_len <= args.n_positions,
             f"--seq_len {args.seq_len} is more than --n_positions {args.n_positions}; lower it")
@@ -2099,12 +2079,11 @@ def main():
     parallel.threads = args.threads or usable_cpus()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss of nan is reported as such
     tokenizer = Tokenizer(args.tokenizer)
-    paths = [args.train_bin, args.val_bin]
     if args.train_bin is None and args.steps is not None:
         paths = [DATA / f"tinyshakespeare_{args.tokenizer}_{part}.bin" for part in ("train", "val")]
         if not all(path.exists() for path in paths):
             paths = fetch("prepare", args.tokenizer)
-        args.train_bin, args.val_bin = map(os.path.abspath, paths)  # --resume must use the same
+        args.train_bin, args.val_bin = paths
     if leader:
         processes.sum(np.zeros(1))
     if args.steps is None:
@@ -2112,7 +2091,7 @@ def main():
         for i in range(args.num_samples):
             print_sample(model, tokenizer, args, i)
     elif args.steps == 0:
-        run = Run(args, state, tokenizer, paths, processes)
+        run = Run(args, state, tokenizer, processes)
         run.validate()
         print_sample(run.model, tokenizer, args, 0)
     else:
@@ -2122,7 +2101,7 @@ def main():
                     f"{max(earlier, default=0)} steps: --resume continues it, --out starts another "
                     "elsewhere")
             shutil.rmtree(Path(args.out) / "unfinished", ignore_errors=True)  # of a killed process
-            Run(args, state, tokenizer, paths, processes).take_steps()
+            Run(args, state, tokenizer, processes).take_steps()
 
 
 def run_program(main):
@@ -2134,21 +2113,21 @@ def run_program(main):
     try:
         main()
     except (UserError, OSError, MemoryError) as error:
-        advice = ""
-        if isinstance(error, OSError):
-            advice = "; check the path, permissions and space left"
         message = " ".join(str(error).split())  # one line
-        say(f"{Path(sys.argv[0]).name}: error: {message}{advice}", file=sys.stderr)
+        if isinstance(error, OSError):
+            message += "; check the path, permissions and space left"
+        say(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except SystemExit as end:
         status = end.code or 0
     say("", end="")  # notices a closed pipe
+    errors = [reason for reason in STOP if isinstance(reason, OSError)]
     if 13 in STOP:
         status = 128 + 13
-    elif status == 0 and any(isinstance(reason, OSError) for reason in STOP):
-        say(f"{Path(sys.argv[0]).name}: error: cannot print: {STOP[0]}", file=sys.stderr)
+    elif status == 0 and errors:
+        say(f"{Path(sys.argv[0]).name}: error: cannot print: {errors[0]}", file=sys.stderr)
         status = 2
     sys.exit(status)
 
