@@ -18,7 +18,6 @@ import contextlib
 import copy
 import csv
 import doctest
-import errno
 import faulthandler
 import hashlib
 import http.server
@@ -327,7 +326,8 @@ def run_layer(name, size="small", dtype=np.float64):
 
     def call(way, arguments):
         function = getattr(gpt2, f"{name.split()[0]}_{way}")
-        function(**{n: arguments.get(n) for n in inspect.signature(function).parameters})
+        names = reversed(inspect.signature(function).parameters)  # any order is good
+        function(**{n: arguments.get(n) for n in names})
     call("forward", arrays)
     arrays |= gradients()
     call("backward", arrays)
@@ -685,13 +685,15 @@ def test_model_is_as_good_as_new_after_a_hundred_real_interrupts():
     assert not gpt2.parallel.is_nested()
 
 
-def test_model_is_usable_after_a_batch_that_was_too_large(monkeypatch):
-    """The memory is full when the second of three shards is allocated."""
+@pytest.mark.parametrize("B, T", [(6, 8), (3, 5)])
+def test_model_is_usable_after_a_batch_that_was_too_large(B, T, monkeypatch):
+    """The memory is full when the second of three shards is allocated. Then comes the same batch
+    again, or one of the shape before."""
     model = perturbed(SMALL)
-    gradients_agree(model, *random_ids(SMALL, 2, 5), 2e-14)
     model.n_shards = 3
-    activations = gpt2.activations
+    gradients_agree(model, *random_ids(SMALL, 3, 5), 2e-14)
     calls = itertools.count(1)
+    activations = gpt2.activations
 
     def too_large(*args):
         if next(calls) == 2:
@@ -700,8 +702,7 @@ def test_model_is_usable_after_a_batch_that_was_too_large(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(gpt2, "activations", too_large)
         model.forward(*random_ids(SMALL, 6, 8))
-    for B, T in (6, 8), (2, 5):
-        gradients_agree(model, *random_ids(SMALL, B, T), 2e-14)
+    gradients_agree(model, *random_ids(SMALL, B, T), 2e-14)
 
 
 @pytest.mark.parametrize("ids, targets, message", [
@@ -1000,20 +1001,9 @@ def test_tokens_decode_to_the_text_they_came_from(tokenizer):
     assert tokenizer.encode("Hello world<|endoftext|>") == expected[tokenizer.name]
 
 
-def test_tokens_of_gpt2_are_kept_in_data(monkeypatch):
-    get_encoding = mock.Mock(side_effect=lambda name: os.environ["TIKTOKEN_CACHE_DIR"])
-    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    assert gpt2.Tokenizer("gpt2").bpe == os.path.join("data", "tiktoken")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "elsewhere")
-    assert gpt2.Tokenizer("gpt2").bpe == "elsewhere"
-
-
 def test_token_files_have_llm_cs_format_and_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder" / "a.bin"
-    with mock.patch("os.replace", wraps=os.replace) as replace:
-        gpt2.write_tokens(path, [1, 2, 50256])
-    replace.assert_called_once_with(path.with_name("a.bin.tmp"), path)
+    gpt2.write_tokens(path, [1, 2, 50256])
     for wrong in [-1, 5], [65536]:
         with pytest.raises(gpt2.UserError, match=r"a.bin: .*0..65535"):
             gpt2.write_tokens(path, wrong)
@@ -1030,25 +1020,21 @@ def write_token_file(path, tokens=range(20), start=None, extra=b""):
     Path(path).write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes() + extra)
 
 
-def test_token_files_are_found_by_name_before_pattern(tmp_path):
+def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
     for name, tokens in ("t2", [5, 6]), ("t1", [1, 2, 3]), ("n[1]", [9, 9]), ("n1", [8, 8]):
         write_token_file(tmp_path / f"{name}.bin", tokens)
     for pattern, tokens in ("t?.bin", [1, 2, 3, 5, 6]), ("n[1].bin", [9, 9]), ("n*", [8, 8, 9, 9]):
         assert gpt2.read_tokens(tmp_path / pattern, 10).tolist() == tokens
-
-
-@pytest.mark.parametrize("tokens, start, extra, message", [
-    (range(20), (1234, 1, 20), b"", "not a token file: 1064 bytes .*1234, 1, 20"),
-    (range(20), (20240520, 2, 20), b"", "not a token file"),
-    (range(20), (20240520, 1, 19), b"", "not a token file"),
-    (range(20), None, b"x", "not a token file"),
-    ([5], None, b"", "not a token file"),
-    ([], None, b"", "not a token file"),
-    ([0] * 9999 + [257], None, b"", "id 257 is outside the vocabulary of 257; .*--tokenizer")])
-def test_token_files_are_checked_when_they_are_opened(tmp_path, tokens, start, extra, message):
-    write_token_file(tmp_path / "bad.bin", tokens, start, extra)
-    with pytest.raises(gpt2.UserError, match=f"bad.bin: {message}"):
-        gpt2.read_tokens(tmp_path / "b*.bin", 257)
+    bad = tmp_path / "bad.bin"
+    for wrong in [[(1234, 1, 20)], [(20240520, 2, 20)], [(20240520, 1, 19)], [None, b"x"]]:
+        write_token_file(bad, range(20), *wrong)
+        with pytest.raises(gpt2.UserError, match=r"bad.bin: not a token file: \d+ bytes"):
+            gpt2.read_tokens(tmp_path / "b*.bin", 257)
+    for tokens, message in ([5], "not a token file"), ([], "not a token file"), (
+            [0] * 9999 + [257], "id 257 is outside the vocabulary of 257; .*--tokenizer"):
+        write_token_file(bad, tokens)
+        with pytest.raises(gpt2.UserError, match=f"bad.bin: {message}"):
+            gpt2.read_tokens(bad, 257)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1061,19 +1047,14 @@ TINY_CONFIG = gpt2.GPTConfig(257, 16, 16, 1, 2)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals and locks")
 
 
-def make_tokens(folder):
-    """Token files train.bin and val.bin of random letters."""
-    rng = np.random.default_rng(3)
-    for name, n in ("train", 3000), ("val", 200):
-        gpt2.write_tokens(Path(folder, f"{name}.bin"), rng.integers(65, 91, size=n))
-
-
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """The program in this process, in a folder with token files; returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # pytest keeps its own handlers
-    make_tokens(".")
+    rng = np.random.default_rng(3)
+    for name, n in ("train", 3000), ("val", 200):
+        gpt2.write_tokens(f"{name}.bin", rng.integers(65, 91, size=n))
 
     def program(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words(*arguments)])
@@ -1084,27 +1065,22 @@ def train(tmp_path, monkeypatch):
     return program
 
 
-def program_with(code):
-    """A program in this folder that runs this code and then is train_gpt2.py."""
+def program_with(before, step=1, code="pass"):
+    """A program that runs `before`, then train_gpt2.py, and `code` at the beginning of a step."""
     Path("first.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 sys.argv[0] = "train_gpt2.py"
 import train_gpt2 as gpt2
-{code}
-gpt2.run_program(gpt2.main)""")
-    return "first.py"
-
-
-def in_step_20(code):
-    """Code that does this in the 20th step, before the first forward pass."""
-    return f"""
-def in_step_20(model, *args, forward=gpt2.GPT2.forward, **options):
-    if model.step == 19:
+{before}
+def watched(model, *args, forward=gpt2.GPT2.forward, **options):
+    if model.step == {step} - 1:
         gpt2.GPT2.forward = forward
         {code}
     return forward(model, *args, **options)
-gpt2.GPT2.forward = in_step_20"""
+gpt2.GPT2.forward = watched
+gpt2.run_program(gpt2.main)""")
+    return "first.py"
 
 
 def read_log(out):
@@ -1131,37 +1107,16 @@ def error_line(capsys):
     return re.fullmatch("train_gpt2.py: error: (.*)\n", capsys.readouterr().err)[1]
 
 
-def mean_loss(model, ids, T):
-    """The mean loss of all ids but the first, one sequence of at most T at a time."""
-    parts = [ids[i:i + T + 1] for i in range(0, len(ids) - 1, T)]
-    losses = [model.forward([part[:-1]], [part[1:]]) * (len(part) - 1) for part in parts]
-    return sum(losses) / (len(ids) - 1)
-
-
 @pytest.mark.parametrize("B, limit, n", [(1, 1, 1), (1, 7, 7), (5, 999, 999), (5, 2000, 1001),
                                          (400, 0, 1001)])
 def test_run_validates_on_every_token_once(B, limit, n):
     ids = np.arange(1002) * 7 % 32
     model = perturbed(gpt2.GPTConfig(32, 4, 12, 1, 3))
-    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
-        loss = gpt2.evaluate(model, ids, B, 4, limit)
-    batches = [call.args for call in forward.call_args_list]
-    for moved, parts in enumerate(zip(*batches)):  # all ids, then all targets
-        seen = np.concatenate([part.ravel() for part in parts])
-        np.testing.assert_array_equal(seen, ids[moved:n + moved])
-        assert all(part.shape[0] <= B and part.shape[1] <= 4 for part in parts)
-    assert loss == pytest.approx(mean_loss(model, ids[:n + 1], 4), abs=1e-12)
-
-
-@pytest.mark.parametrize("columns, width", [(24, 23), (0, 79)])
-def test_run_shows_progress_in_one_line_of_a_terminal(monkeypatch, columns, width):
-    stderr = mock.Mock()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(os, "get_terminal_size", lambda *args: os.terminal_size((columns, 5)))
-    gpt2.evaluate(gpt2.GPT2(SMALL), np.zeros(20, int), 1, 8)
-    shown = [call.args[0] for call in stderr.write.call_args_list if call.args[0]]
-    assert shown[0] == "\r" + f"validation: 8 of 19 tokens{'':60}"[:width] + "\r"
-    assert shown[-1] == f"\r{'':{width}}\r"
+    loss = gpt2.evaluate(model, ids, B, 4, limit)
+    assert model.shape[0] <= B
+    parts = [ids[i:min(i + 4, n) + 1] for i in range(0, n, 4)]
+    losses = [model.forward([part[:-1]], [part[1:]]) * (len(part) - 1) for part in parts]
+    assert loss == pytest.approx(sum(losses) / n, abs=1e-12)
 
 
 def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatch):
@@ -1180,46 +1135,33 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
                  "--beta1 0.8 --beta2 0.9 --weight_decay 0.3 --grad_clip 0.05 --threads 3 "
                  "--eval_tokens 150") == 0
     model = gpt2.GPT2(TINY_CONFIG, seed=5)
-    rng = np.random.default_rng([5, 1])
     tokens, val_tokens = (gpt2.read_tokens(f"{name}.bin", 257) for name in ("train", "val"))
-    lines = [
-        "model     baby: 7,680 parameters, GPTConfig(vocab_size=257, n_positions=16, n_embd=16, "
-        "n_layer=1, n_head=2)",
-        "batch     B=6 T=16, micro-batches 2, processes 1, shards 1, threads 3",
-        "train     3,000 byte tokens in train.bin",
-        "validate  150 of 200 tokens in val.bin"]
+    steps = gpt2.train(model, tokens, 4, 6, 16, lambda step: 0.002 * step,
+                       np.random.default_rng([5, 1]), grad_accum=2, beta1=0.8, beta2=0.9,
+                       weight_decay=0.3, grad_clip=0.05)
+    lines = []
     rows = []
-    for step, end in (
-            (1, "lr 2.00e-03 | 40000 ms |     5 tok/s | 0:02:00 left"), (2, ""),
-            (3, "lr 6.00e-03 | 100000 ms |     2 tok/s | 0:01:40 left"),
-            (4, "lr 8.00e-03 | 160000 ms |     1 tok/s | 0:00:00 left")):
-        starts = np.concatenate([rng.integers(3000 - 16, size=6) for _ in range(2)])
-        loss = model.forward(*gpt2.windows(tokens, starts, 16))
-        model.backward()
-        norm = model.update(0.002 * step, 0.8, 0.9, 1e-8, 0.3, 0.05)
-        val_loss = mean_loss(model, val_tokens[:151], 16)
+    for (step, loss, norm), end in zip(steps, [
+            "lr 2.00e-03 | 40000 ms |     5 tok/s | 0:02:00 left", "",
+            "lr 6.00e-03 | 100000 ms |     2 tok/s | 0:01:40 left",
+            "lr 8.00e-03 | 160000 ms |     1 tok/s | 0:00:00 left"]):
+        val_loss = gpt2.evaluate(model, val_tokens[:151], 6, 16)
         rows.append([step, loss, val_loss, norm, 0.002 * step])
         lines += [f"step {step}/4 | loss {loss:.4f} | norm {norm:.2f} | {end}"] if end else []
         lines += [f"step {step} | val loss {val_loss:.4f}"] if step in (2, 4) else []
-    assert capsys.readouterr().out.splitlines()[:9] == lines
+    shown = capsys.readouterr().out.splitlines()
+    assert "7,680 parameters, GPTConfig" in shown[0] and "validate  150 of 200 tokens" in shown[3]
+    assert shown[4:9] == lines
     log = [[float(x or 0) for x in row.values()] for row in read_log("out")]
     logged = [(1, 1, 0, 1, 1), (1, 0, 1, 0, 0), (1, 1, 0, 1, 1), (1, 1, 1, 1, 1)]
     np.testing.assert_allclose([row[:5] for row in log], np.multiply(rows, logged), rtol=2e-6)
     assert [row[5:] for row in log] == [[40e3, 5], [0, 0], [100e3, 2], [160e3, 1]]
 
 
-def test_run_on_a_text_of_one_window_samples_when_it_is_due(train, capsys):
-    """And says how many tokens there are to validate on, not how many are asked for."""
-    write_token_file("train.bin", range(17))
-    assert train(TINY, "--steps 8 --sample_every 3 --eval_tokens 999") == 0
-    out = capsys.readouterr().out
-    assert len(samples(out)) == 3 and "validate  200 of 200 tokens" in out
-
-
 @pytest.mark.parametrize("name, prompt, shown, note", [
     ("byte", "Oh, so long", "Oh, so long", "the prompt has 11 tokens; only the last 8 are used\n"),
     ("byte", "just 8 B", "just 8 B", ""), ("byte", None, "\n", ""),
-    ("byte", "\udcff", "?", ""),  # how Python passes a byte that is not UTF-8
+    ("byte", "a\udcff", "a?", ""),  # how Python passes a byte that is not UTF-8
     ("gpt2", None, "<|endoftext|>", "")])
 def test_run_samples_whole_characters(monkeypatch, capsys, name, prompt, shown, note):
     """The last token here is the first byte of a character that has no end."""
@@ -1245,60 +1187,51 @@ def test_run_with_a_loss_that_is_not_finite_stops_and_overwrites_nothing(train, 
     checkpoint_is_whole(gpt2.checkpoints("out")[-1])
 
 
-@POSIX
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_run_stopped_by_a_signal_resumes_bit_for_bit(train, name, capsys):
-    """The signal comes in the first micro-batch of a step after which a validation is due."""
-    options = f"{TINY} --grad_accum 2 --steps 32"
-    assert train(options, "--out whole") == 0
-    whole = capsys.readouterr().out
-    number = int(getattr(signal, name))
-    program = program_with(in_step_20(f"os.kill(os.getpid(), {number})"))
-    out, err = finish(start(program, options, "--out run"), 128 + number)
-    assert out.endswith("stopped after step 20, saved in run; --resume continues\n") and err == ""
-    os.renames("run", "elsewhere/moved")  # a moved run resumes and writes where it now is
-    os.chdir("elsewhere")
-    assert train("--resume --threads 3 --out moved") == 0
-    expected = result_of("../whole", 32)
-    expected[0][19][2] = ""  # a run that is to stop does not validate
-    assert result_of("moved", 32) == expected
-    assert samples(out + capsys.readouterr().out) == samples(whole) and len(samples(whole)) == 3
-
-
 PIPE = "reading, writing = os.pipe(); os.dup2(writing, 1); os.dup2(writing, 2); os.close(writing)"
 CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
+HANGUP = "os.kill(os.getpid(), signal.SIGHUP)"
+TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full")
 @pytest.mark.parametrize("before, in_step, status, message", [
+    pytest.param("", CTRL_C, 130, "", id="Ctrl-C"), pytest.param("", TERM, 143, "", id="SIGTERM"),
+    pytest.param("", HANGUP, 129, "", id="a closed terminal"),
+    pytest.param("signal.signal(signal.SIGHUP, signal.SIG_IGN)", f"{HANGUP}; {TERM}", 143, "",
+                 id="nohup"),
     pytest.param(PIPE, f"os.close(reading); {CTRL_C}", 141, "", id="tee ends by the same Ctrl-C"),
     pytest.param(PIPE, f"os.close(reading); gpt2.say(''); {CTRL_C}", 141, "", id="tee ends first"),
-    pytest.param(PIPE, "os.close(reading)", 141, "", id="a closed pipe"),
     pytest.param("", "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 2, "train_gpt2.py: error: "
-                 "cannot print ([Errno 28] No space left on device); stopped after step 20, saved "
+                 "cannot print ([Errno 28] No space left on device); stopped after step 17, saved "
                  "in run; --resume continues\n", id="a full disk"),
-    pytest.param("signal.signal(signal.SIGHUP, signal.SIG_IGN)", "os.kill(os.getpid(), "
-                 "signal.SIGHUP); os.kill(os.getpid(), signal.SIGTERM)", 143, "", id="nohup"),
     pytest.param(None, CTRL_C, 130, "", id="no stderr")])
-def test_run_saves_whatever_becomes_of_its_output(train, before, in_step, status, message):
-    assert train(TINY, "--steps 25 --out whole") == 0
-    program = program_with(f"{before or ''}\n{in_step_20(in_step)}")
-    options = {} if before is not None else {"preexec_fn": lambda: os.close(2)}
-    assert finish(start(program, TINY, "--steps 25 --out run", **options), status)[1] == message
-    checkpoint_is_whole(Path("run/step_000020"))
-    assert train("--resume --out run") == 0
-    assert result_of("run", 25)[1:] == result_of("whole", 25)[1:]
+def test_run_that_has_to_stop_resumes_bit_for_bit(train, capsys, before, in_step, status, message):
+    """In the first micro-batch, after a sample was drawn. A run with its output gone saves, too."""
+    options = f"{TINY} --grad_accum 2 --steps 32"
+    assert train(options, "--out whole") == 0
+    whole = samples(capsys.readouterr().out)
+    program = program_with(before or "", 17, in_step)
+    closed = {} if before is not None else {"preexec_fn": lambda: os.close(2)}
+    out, err = finish(start(program, options, "--out run", **closed), status)
+    assert err == message
+    checkpoint_is_whole(Path("run/step_000017"))
+    os.renames("run", "elsewhere/moved")  # a moved run resumes and writes where it now is
+    os.chdir("elsewhere")
+    assert train("--resume --threads 3 --out moved") == 0
+    assert result_of("moved", 32) == result_of("../whole", 32)
+    resumed = samples(capsys.readouterr().out)
+    assert len(whole) == 3 and resumed == whole[1:]
+    if status > 128 and status != 141:
+        assert out.endswith("stopped after step 17, saved in run; --resume continues\n")
+        assert samples(out) == whole[:1]
 
 
 def test_run_stops_at_once_at_a_second_ctrl_c_but_not_at_its_echo(monkeypatch):
     """torchrun sends every Ctrl-C twice. Another signal never ends a run before it is saved."""
     now = [100]
     monkeypatch.setattr(gpt2, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    gpt2.on_signal(signal.SIGINT, None)
-    now[0] = 100.9
-    gpt2.on_signal(signal.SIGINT, None)
-    now[0] = 102
-    gpt2.on_signal(signal.SIGTERM, None)
+    for now[0], number in (100, signal.SIGINT), (100.9, signal.SIGINT), (102, signal.SIGTERM):
+        gpt2.on_signal(number, None)
     assert next(iter(gpt2.STOP)) == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         gpt2.on_signal(signal.SIGINT, None)
@@ -1309,7 +1242,7 @@ def test_run_has_its_folder_for_itself(train, capsys):
     """While a process trains in it, and after that was killed."""
     options = f"{TINY} --steps 25 --save_every 10"
     assert train(options, "--out whole") == 0
-    program = program_with(in_step_20("sys.stdin.read()"))
+    program = program_with("", 20, "sys.stdin.read()")
     process = start(program, options, "--out run", stdin=subprocess.PIPE)
     read_until("step 19/", process)
     for arguments in f"{TINY} --steps 1 --out run", "--resume --out run --steps 30":
@@ -1321,17 +1254,10 @@ def test_run_has_its_folder_for_itself(train, capsys):
     assert train(TINY, "--steps 1 --out run") == 2
     assert error_line(capsys) == ("run holds a run of 10 steps: --resume continues it, --out "
                                   "starts another elsewhere")
+    log = Path("run/log.csv").read_bytes()
+    Path("run/log.csv").write_bytes(log[:-20])  # ends in a torn line
     assert train("--resume --out run") == 0
     assert result_of("run", 25) == result_of("whole", 25)
-
-
-@pytest.mark.parametrize("out", [".", "data", "runs/new/"])
-def test_run_moves_nothing_in_any_folder(train, out):
-    gpt2.write_file("data/text.txt", b"text")
-    before = {*Path().rglob("*")}
-    for status in 0, 2:
-        assert train(TINY, "--steps 1 --out", out) == status
-        assert before <= {*Path().rglob("*")} and Path(out, "step_000001").is_dir()
 
 
 @pytest.mark.parametrize("change, line", [
@@ -1339,30 +1265,14 @@ def test_run_moves_nothing_in_any_folder(train, out):
     pytest.param(lambda log: log.replace(b"\n2,", b"\n\xb2,"), 3, id="Latin-1"),
     pytest.param(lambda log: log.replace(b",,", b";;"), 2, id="semicolons"),
     pytest.param(lambda log: log.replace(b"\n", b"\r\n"), 1, id="CRLF"),
-    pytest.param(lambda log: log + b"lr too high?\n", 5, id="a note"),
-    pytest.param(lambda log: b"date,price\n", 1, id="another program's")])
+    pytest.param(lambda log: log + b"lr too high?\n", 5, id="a note")])
 def test_run_refuses_a_log_that_is_none_and_leaves_it(train, capsys, change, line):
     assert train(TINY, "--steps 3") == 0
     path = Path("out", "log.csv")
     path.write_bytes(changed := change(path.read_bytes()))
-    for arguments in "--resume --steps 4", f"{TINY} --steps 1":
-        assert train(arguments) == 2
-        assert error_line(capsys).startswith(f"{path}: line {line} is not a line of a log: ")
-        assert path.read_bytes() == changed
-        shutil.rmtree("out/step_000003", ignore_errors=True)  # so that the second is a new run
-
-
-@pytest.mark.parametrize("torn", [0, 20])
-def test_run_drops_rows_after_its_checkpoint_and_a_torn_last_line(train, torn):
-    assert train(TINY, "--steps 6 --save_every 3") == 0
-    expected = result_of("out", 6)
-    shutil.rmtree("out/step_000006")
-    log = Path("out/log.csv").read_bytes()
-    Path("out/log.csv").write_bytes(log[:len(log) - torn])
-    Path("out/log.csv.tmp").write_bytes(log)  # left by a process that was killed
-    assert train("--resume") == 0
-    assert result_of("out", 6) == expected
-    assert sorted(os.listdir("out")) == ["log.csv", "step_000003", "step_000006"]
+    assert train("--resume --steps 4") == 2
+    assert error_line(capsys).startswith(f"{path}: line {line} is not a line of a log: ")
+    assert path.read_bytes() == changed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1427,17 +1337,14 @@ def test_checkpoint_may_be_of_another_program(tmp_path, dtype, convert, expected
     assert (found.flat_params == expected(model.flat_params)).all() and found.config == SMALL
 
 
-DAMAGED = r"damaged, or not the floats of this model \(.{1,160}\); get it again, with the .*"
-
-
 @pytest.mark.parametrize("name, entry, message", [
-    ("transformer.h.1.mlp.c_fc.bias", None, ".*h.1.mlp.c_fc.bias missing or surplus"),
-    ("extra", {}, ".*extra missing or surplus"),
-    ("ln_f.bias", {"shape": [6, 2]}, r".*ln_f.bias is \[6, 2\], in the model \[12\]"),
-    ("ln_f.bias", {"dtype": "I32"}, DAMAGED), ("ln_f.bias", {"data_offsets": 1}, DAMAGED),
-    *(("ln_f.bias", {"data_offsets": offsets}, DAMAGED) for offsets in [
+    ("transformer.h.1.mlp.c_fc.bias", None, "h.1.mlp.c_fc.bias missing or surplus"),
+    ("extra", {}, "extra missing or surplus"),
+    ("ln_f.bias", {"shape": [6, 2]}, r"ln_f.bias is \[6, 2\], in the model \[12\]"),
+    ("ln_f.bias", {"dtype": "I32"}, ""), ("ln_f.bias", {"data_offsets": 1}, ""),
+    *(("ln_f.bias", {"data_offsets": offsets}, "") for offsets in [
         [-96, -48], [0, 47], [48, 0], [0, 10**400], [0, 10**9], [0.0, 48.0], ["0", "48"]]),
-    *((None, index, DAMAGED) for index in [b"[" * 10**5, b"[]", b"\xff", b'{"ln_f.bias": 1}'])])
+    *((None, index, "") for index in [b"[" * 10**5, b"[]", b"\xff", b'{"ln_f.bias": 1}'])])
 def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, name, entry, message):
     """An entry of the index is removed or changed, or the whole index is this."""
     saved_model(tmp_path)
@@ -1451,52 +1358,22 @@ def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, name, entry, 
         index[name] = {"dtype": "F32", "shape": [12], "data_offsets": [0, 48]} | entry
         index.pop(f"transformer.{name}", None)
     write_index(path, index, numbers)
-    with pytest.raises(gpt2.UserError, match=f"model.safetensors: {message}"):
+    with pytest.raises(gpt2.UserError, match=rf"model.safetensors: damaged, .*\(.*{message}.*\);"):
         gpt2.GPT2.from_pretrained(tmp_path)
-
-
-def test_checkpoint_with_mutated_weights_is_an_error_or_loads_to_what_it_holds(tmp_path):
-    """400 times, up to four bytes are replaced, or there are more or fewer than before."""
-    saved_model(tmp_path)
-    path = tmp_path / "model.safetensors"
-    rng = np.random.default_rng(7)
-    original = path.read_bytes()
-    loaded = 0
-    for _ in range(400):
-        start, n = rng.integers([rng.choice([3000, len(original)]), 5])
-        stop = start + rng.choice([n, n, n, 3, 5000])
-        new = bytes(rng.choice([*b'0123456789FB,:{"\xff'], n).tolist())
-        path.write_bytes(original[:start] + new + original[stop:])
-        try:
-            model = gpt2.GPT2.from_pretrained(tmp_path)
-        except gpt2.UserError as error:
-            assert "model.safetensors" in str(error) and "\n" not in str(error)
-            continue
-        loaded += 1
-        index, numbers = tensors_of(path)
-        for name, x in model.params.items():
-            entry = index.get(f"transformer.{name}") or index[name]
-            assert x.tobytes() == numbers[slice(*entry["data_offsets"])], name
-    assert 0 < loaded < 400
-
-
-@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin"])
-def test_checkpoint_with_weights_in_other_files_names_the_way_out(tmp_path, name):
-    saved_model(tmp_path)
-    os.rename(tmp_path / "model.safetensors", tmp_path / name)
-    with pytest.raises(gpt2.UserError, match='model.safetensors is missing.*max_shard_size="10GB"'):
+    os.rename(path, tmp_path / "pytorch_model.bin")
+    with pytest.raises(gpt2.UserError, match='s is missing.*max_shard_size="10GB"'):
         gpt2.GPT2.from_pretrained(tmp_path)
 
 
 def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
-    """The same tokens, logits, gradients (in float64, measured: 3e-15), and greedy generation.
+    """The same tokens and logits (in float64, measured: 3e-15).
 
     GPT-2's tokenizer files have the SHA-256 of OpenAI's encoder.json and vocab.bpe.
     """
     files = gpt2.tokenizer_files(tokenizer, 16)
     if tokenizer.name == "byte":
         vocab = json.loads(files["vocab.json"])
-        assert {*vocab.values()} == {*range(257)} and vocab["<|endoftext|>"] == 256
+        assert sorted(vocab.values()) == [*range(257)] and vocab["<|endoftext|>"] == 256
         assert [vocab[x] for x in "A~¡ÿĀĠĊŃ"] == [65, 126, 161, 255, 0, 32, 10, 173]
     else:
         assert [hashlib.sha256(files[x]).hexdigest() for x in ("vocab.json", "merges.txt")] == [
@@ -1510,19 +1387,9 @@ def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
     for text in [TEXT, "", " a", "It's  1234", *TEXT.split()]:
         ids = tokenizer.encode(text)
         assert theirs.encode(text) == ids and theirs.decode(ids) == text
-    assert theirs.model_max_length == 16 and theirs.eos_token_id == tokenizer.eot_token
-    pipe = transformers.pipeline("text-generation", str(folder))
-    said = pipe("ROMEO:", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    prompt = tokenizer.encode("ROMEO:")
-    ours = [int(token[0]) for token in gpt2.generate(model, [prompt], 4, temperature=0)]
-    assert said == tokenizer.decode(prompt + ours)
     network = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64).eval()
-    ids, targets = random_ids(model.config, 3, 16)
-    logits = network(torch.tensor(ids)).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
-    loss.backward()
-    grads = {name.removeprefix("transformer."): x.grad for name, x in network.named_parameters()}
-    agree(our_results(model, ids, targets), {"loss": loss, "logits": logits} | grads, 1e-13)
+    ids, _ = random_ids(model.config, 3, 16)
+    assert error(model.forward(ids), network(torch.tensor(ids)).logits) < 1e-13
 
 
 def checkpoint_is_whole(folder):
@@ -1532,35 +1399,6 @@ def checkpoint_is_whole(folder):
         "optimizer.safetensors", "tokenizer_config.json", "trainer.json", "vocab.json"]
     model, _ = gpt2.load_checkpoint(folder, gpt2.read_state(folder))
     assert folder.name == f"step_{model.step:06}"
-
-
-@pytest.mark.parametrize("room", range(6))
-def test_checkpoint_before_stays_when_the_disk_is_full(tmp_path, monkeypatch, room):
-    """There is room for so many of a checkpoint's six files; a file is complete after fsync."""
-    left = iter(range(room))
-
-    def fsync(descriptor):
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-    model = gpt2.GPT2(SMALL)
-    files = {"vocab.json": b"{}"}
-    gpt2.save_checkpoint(tmp_path, model, files, {})
-    monkeypatch.setattr(os, "fsync", fsync)
-    model.step = 1
-    with pytest.raises(OSError, match="No space left"):
-        gpt2.save_checkpoint(tmp_path, model, files, {})
-    assert os.listdir(tmp_path) == ["step_000000"]
-
-
-def test_checkpoints_stay_if_they_are_the_last_two(tmp_path):
-    model = gpt2.GPT2(SMALL)
-    for name in "step_", "step_1.5", "step_abc":  # are no checkpoints
-        (tmp_path / name).mkdir()
-    for model.step in 999_999, 1_000_000, 1_000_001:
-        gpt2.save_checkpoint(tmp_path, model, {}, {})
-    assert sorted(os.listdir(tmp_path)) == ["step_", "step_1.5", "step_1000000", "step_1000001",
-                                            "step_abc"]
-    assert gpt2.find_model(tmp_path) == tmp_path / "step_1000001"
 
 
 @POSIX
@@ -1602,15 +1440,12 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     assert float(log[7]["lr"]) == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-4))
     saved = gpt2.read_state(Path("out/step_000009"))["options"]
     assert {"seed": 9, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
-    assert not {"threads", "out", "resume", "help"} & saved.keys()
     assert train("--resume --steps 10 --train_bin val.bin --val_bin train.bin") == 0
     assert re.search(r"train +200 byte tokens in .*val.bin\n", capsys.readouterr().out)
-    os.remove("train.bin")
     for arguments, message in [
             ("--n_embd 32", "--n_embd 32 does not fit .*, which has 16; leave it out"),
             ("--tokenizer gpt2", "--tokenizer gpt2 does not fit .*, which has byte; leave it out"),
-            ("", "--steps 10: the run has already completed that many steps; .*"),
-            ("--steps 11", ".*train.bin: no such file; .*--train_bin or --val_bin")]:
+            ("", "--steps 10: the run has already completed that many steps; .*")]:
         assert train("--resume", arguments) == 2
         assert re.fullmatch(message, error_line(capsys))
 
@@ -1620,16 +1455,13 @@ def test_checkpoint_that_is_damaged_is_an_error_and_the_one_before_it_opens(trai
     folder = Path("out", "step_000006")
     for name in "config.json", "model.safetensors", "optimizer.safetensors", "trainer.json":
         data = (folder / name).read_bytes()
-        changed = data[:-1] + bytes([data[-1] ^ 4])
-        if name == "config.json":  # the weights fit this, too
-            changed = data.replace(b'"n_head": 2', b'"n_head": 4')
-        for damaged in data[:len(data) // 2], b"", b"[" * 10**5, b"{}", changed:
+        for damaged in data[:len(data) // 2], b"", b"{}", data[:-1] + bytes([data[-1] ^ 4]):
             (folder / name).write_bytes(damaged)
             assert train("--resume --steps 8") == 2
             assert str(folder) in error_line(capsys)
         (folder / name).write_bytes(data)
+    edit_json(folder / "config.json", n_head=4)  # the weights fit this, too
     options = gpt2.read_state(folder)["options"] | {"n_head": 4}
-    edit_json(folder / "config.json", n_head=4)
     edit_json(folder / "trainer.json", options=options)
     assert train("--resume --steps 8") == 2
     assert error_line(capsys).startswith(f"{folder}: config.json, ")
@@ -1681,15 +1513,17 @@ def test_checkpoint_finds_its_tokens_after_the_project_was_moved(train, files):
 
 
 def test_checkpoint_of_a_model_trained_on_has_that_models_tokenizer_files(train, capsys):
-    """Nothing else of the model's folder, and nothing of a save that was left unfinished."""
+    """Nothing else of the model's folder, and nothing of a save that was left unfinished. The text
+    is one window."""
     saved_model("m", TINY_CONFIG)
+    write_token_file("train.bin", range(17))
     gpt2.write_file("out/unfinished/model.safetensors.tmp", b"half")
     for name in "tokenizer.json", "merges.txt", "added_tokens.json", "readme", "tokens/a":
         gpt2.write_file(Path("m", name), f"my {name}\r\n".encode())
     Path("m/vocab.json").mkdir()
-    assert train("--init_from m --steps 1 --prompt To", FILES) == 0
+    assert train("--init_from m --steps 1 --prompt To --eval_tokens 999", FILES) == 0
     out = capsys.readouterr().out
-    assert samples(out)[0].startswith("To") and out.startswith("model     m: 7,680 parameters, GPT")
+    assert samples(out)[0].startswith("To") and "validate  200 of 200 tokens" in out
     assert float(read_log("out")[0]["lr"]) == pytest.approx(1e-4 / 100)  # fine-tuning, warm-up
     assert sorted(os.listdir("out")) == ["log.csv", "step_000001"]
     assert {*os.listdir("out/step_000001")} == {
@@ -1704,81 +1538,38 @@ def test_checkpoint_of_a_model_trained_on_has_that_models_tokenizer_files(train,
 GLOO = pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested on Linux")
 
 
-def two_processes(*arguments):
-    """The two processes of a run, as torchrun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [start(*arguments, env=environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
-                                              MASTER_PORT=port)) for rank in (0, 1)]
-
-
-@GLOO
-def test_processes_train_as_one_does_and_any_number_resumes(train, capsys):
-    """torchrun's two are stopped, then one goes on. Measured: equal to the log's last digit."""
-    assert train(TINY, "--steps 30 --out one") == 0
-    one = capsys.readouterr().out
-    program = program_with(in_step_20("os.environ['RANK'] == '1' and os.kill(os.getppid(), 2); "
-                                      "import time; time.sleep(0.5)"))
-    process = start(TORCHRUN, program, TINY, "--steps 30 --out two")
-    out, err = process.communicate(timeout=PROCESS_LIMIT)
-    assert process.returncode != 0 and "lost the connection" not in err
-    stopped = gpt2.checkpoints("two")[-1]
-    assert f"stopped after step {int(stopped.name[5:])}, saved in two" in out
-    assert "processes 2," in out and "processes 1," in one
-    checkpoint_is_whole(stopped)
-    assert train("--resume --out two") == 0
-    assert samples(out + capsys.readouterr().out) == samples(one) != []
-    one, two = ([[float(row[name]) for name in ("loss", "norm")] for row in read_log(out)]
-                for out in ("one", "two"))
-    assert len(two) == 30
-    np.testing.assert_allclose(two, one, rtol=1e-5)
-
-
 @GLOO
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name, status, other_status, step, message", [
     ("SIGTERM", 143, 143, 20, ""),
     ("SIGKILL", -9, 2, 15, "error: rank {} lost the connection to another process; see")])
-def test_processes_end_together(train, rank, name, status, other_status, step, message):
-    """The signal reaches only one of the two."""
-    program = program_with(in_step_20(
-        f"os.environ['RANK'] == '{rank}' and os.kill(os.getpid(), signal.{name})"))
-    processes = two_processes(program, TINY, "--steps 50 --save_every 5")
-    finish(processes[rank], status)
-    _, err = finish(processes[1 - rank], other_status)
-    assert message.format(1 - rank) in err
-    assert gpt2.checkpoints("out")[-1].name == f"step_{step:06}"
-    checkpoint_is_whole(gpt2.checkpoints("out")[-1])
-
-
-@GLOO
-def test_processes_print_a_sample_once(train):
-    saved_model("m", TINY_CONFIG)
-    found = two_processes(TRAIN, "--init_from m --prompt Ohé --max_new_tokens 0")
-    assert [finish(process) for process in found] == [("Ohé\n", ""), ("", "")]
-
-
-def fake_processes(monkeypatch, row=None):
-    """Let the program be rank 0 of two; rank 1 has this row in the comparison, or an equal one.
-
-    Returns a list that gets our row.
-    """
-    rows = []
-
-    class Fake(gpt2.Processes):
-        def __init__(self):
-            super().__init__()
-            self.size = 2
-
-        def sum(self, flat):
-            if flat.ndim == 2:
-                rows.append(flat[0].copy())
-                flat[1] = flat[0] if row is None else row
-            else:
-                flat *= 2
-    monkeypatch.setattr(gpt2, "Processes", Fake)
-    return rows
+def test_processes_train_as_one_does_and_end_together(
+        train, capsys, rank, name, status, other_status, step, message):
+    """A signal reaches one of the two; then a single process goes on. Only rank 0 prints, and a run
+    that is to stop does not validate. Measured: equal to the log's last digit."""
+    options = f"{TINY} --steps 30 --save_every 5"
+    assert train(options, "--out one") == 0
+    program = program_with(
+        "", 20, f"os.environ['RANK'] == '{rank}' and os.kill(os.getpid(), signal.{name})")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(program, options, "--out two", env=environment(
+        RANK=i, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for i in (0, 1)]
+    ends = {rank: finish(processes[rank], status)}
+    ends[1 - rank] = finish(processes[1 - rank], other_status)
+    assert message.format(1 - rank) in ends[1 - rank][1]
+    assert "processes 2," in ends[0][0] and "step 20 | val" not in ends[0][0] and ends[1][0] == ""
+    last = gpt2.checkpoints("two")[-1]
+    assert last.name == f"step_{step:06}"
+    checkpoint_is_whole(last)
+    capsys.readouterr()
+    assert train("--resume --out two") == 0
+    assert capsys.readouterr().out.count("-" * 80) == 2
+    one, two = ([[float(row[name]) for name in ("loss", "norm")] for row in read_log(out)]
+                for out in ("one", "two"))
+    assert len(two) == 30
+    np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -1789,48 +1580,38 @@ def fake_processes(monkeypatch, row=None):
     ("--out first --batch_size 7", "--batch_size 7 cannot be shared equally among 2 processes; .*"),
     ("--out first --threads 1", None)])
 def test_processes_that_differ_are_told_in_what(train, monkeypatch, capsys, arguments, message):
-    """One resumes from step 1, the other something else."""
+    """The other process does always what the first call here does: it resumes from step 1."""
+    rows = []
+
+    def exchange(processes, flat):
+        if flat.ndim == 2:
+            rows.append(flat[0].copy())
+            flat[1] = rows[0]
+        else:
+            flat *= 2
     assert train(TINY, "--steps 1 --out first") == 0
-    shutil.copytree("first", "second")
+    for name in "second", "third":
+        shutil.copytree("first", name)
     assert train("--resume --steps 2 --out second") == 0
-    shutil.copytree("first", "third")
-    rows = fake_processes(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed", mock.Mock())
+    monkeypatch.setattr(gpt2.Processes, "sum", exchange)
     assert train("--resume --steps 3 --out third") == 0
-    fake_processes(monkeypatch, rows[0])
     assert train("--resume --steps 3", arguments) == (2 if message else 0)
     if message:
         assert re.fullmatch(message, error_line(capsys))
 
 
-@pytest.mark.parametrize("message, kind", [
-    ("Connection closed by peer [::1]:1", gpt2.UserError), ("connection reset", gpt2.UserError),
-    ("Timed out waiting", gpt2.UserError), ("unsupported dtype", RuntimeError)])
-def test_processes_call_only_a_lost_connection_one(monkeypatch, message, kind):
-    """And wait for days, as long as a download or a validation takes."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with mock.patch.multiple("torch.distributed", init_process_group=mock.DEFAULT,
-                             new_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT) as network:
-        processes = gpt2.Processes()
-    assert network["init_process_group"].call_args.kwargs["timeout"].seconds == 120
-    assert network["new_group"].call_args.kwargs["timeout"].days >= 1
-    processes.network = mock.Mock()
-    processes.network.all_reduce.side_effect = RuntimeError(message)
-    lost = "rank 1 lost the connection to another process; .*--resume"
-    with pytest.raises(kind, match=lost if kind is gpt2.UserError else message) as found:
-        processes.all_reduce(0.0, np.zeros(1))
-    assert found.type is kind
-
-
 @pytest.mark.parametrize("rank, size", [(0, 2), (1, 1), (0, 0), ("one", 2)])
 def test_processes_without_torchrun_are_an_error(train, monkeypatch, capsys, rank, size):
-    for name in "MASTER_ADDR", "MASTER_PORT":
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
     assert train(TINY, "--steps 1") == 2
     assert re.fullmatch("WORLD_SIZE .*; start them with torchrun; .*GLOO_SOCKET_IFNAME.*",
                         error_line(capsys))
+
+
 # ------------------------------------------------------------------------------------------------
 # Threads.
 
@@ -1905,7 +1686,6 @@ def test_pool_does_every_item_once_and_nested_calls_serially():
 
 @pytest.mark.parametrize("bad", [range(20), [0], [7], [19]])
 def test_pool_raises_an_error_of_any_thread_when_all_have_finished(bad):
-    """And takes no new item after it."""
     pool = gpt2.Pool(4)
     running = []
 
@@ -1922,15 +1702,23 @@ def test_pool_raises_an_error_of_any_thread_when_all_have_finished(bad):
             pool(work, range(20))
         assert running == [], "a helper is still at work"
     assert not pool.is_nested() and is_parallel(pool)
-    first = []
 
-    def fail_alone(item):
-        first.append(item)
-        raise ZeroDivisionError
-    pool.threads = 1
+
+def test_pool_begins_nothing_new_after_an_error():
+    pool = gpt2.Pool(2)
+    helper_has_begun = threading.Event()
+    begun = []
+
+    def work(item):
+        if threading.current_thread() is threading.main_thread():
+            helper_has_begun.wait(30)
+            raise ZeroDivisionError
+        begun.append(item)
+        helper_has_begun.set()
+        time.sleep(0.01)
     with pytest.raises(ZeroDivisionError):
-        pool(fail_alone, range(20))
-    assert first == [0]
+        pool(work, range(200))
+    assert len(begun) < 100
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Windows has no pthread_kill")
@@ -1954,8 +1742,25 @@ def test_pool_waits_for_its_helpers_when_it_is_interrupted_however_often():
     assert len(finished) == 1 and is_parallel(pool, 2)
 
 
-def test_pool_serves_two_python_threads_with_a_model_each():
-    """The same bits as alone. A call of one thread must not make those of the other serial."""
+def test_pool_serves_a_thread_in_parallel_while_another_waits_in_it():
+    pool = gpt2.Pool(2)
+    inside = threading.Barrier(3, timeout=30)
+    leave = threading.Event()
+
+    def stay(item):
+        inside.wait()
+        leave.wait(30)
+    other = threading.Thread(target=pool, args=(stay, range(2)))
+    other.start()
+    inside.wait()
+    try:
+        assert not pool.is_nested() and is_parallel(pool, 2)
+    finally:
+        leave.set()
+        other.join()
+
+
+def test_pool_gives_two_python_threads_with_a_model_each_the_same_bits_as_alone():
     config = gpt2.GPTConfig(257, 64, 128, 1, 4)
     gpt2.parallel.threads = 3
 
@@ -1964,17 +1769,17 @@ def test_pool_serves_two_python_threads_with_a_model_each():
         model.n_shards = shards
         step = our_trainer(model)
         losses = [step(*random_ids(config, 8, 64, seed)) for seed in range(5)]
-        results[shards] = losses, numbers_of(model), is_parallel(gpt2.parallel, 3)
+        results[shards] = losses, numbers_of(model)
     alone = {}
+    together = {}
     for shards in 1, 4:
         train_alone(shards, alone)
-    together = {}
     threads = [threading.Thread(target=train_alone, args=(shards, together)) for shards in (1, 4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == alone and alone[1][2] and alone[4][2]
+    assert together == alone
 
 
 @pytest.mark.parametrize("shards", [1, 3, 4])
@@ -2078,18 +1883,16 @@ def test_fork_of_a_process_that_has_trained_can_train():
     finish(start("-c", [code], cwd=HERE))
 
 
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
 DEFAULTS = dict(
-    model="baby", init_from=None, resume=False, steps=5500, prompt=None, out="out",
-    train_bin=None, val_bin=None, tokenizer="byte", n_layer=3, n_head=4, n_embd=128, n_positions=64,
-    batch_size=12, seq_len=64, grad_accum=1, lr=3e-3, min_lr=1e-4, warmup=100, beta1=0.9,
-    beta2=0.99, weight_decay=0.1, grad_clip=1.0, seed=1337, threads=None, log_every=50,
-    eval_every=500, eval_tokens=0, sample_every=1000, save_every=250, num_samples=1,
-    max_new_tokens=500, temperature=0.8, top_k=None, top_p=None, folder=None)
+    model="baby", init_from=None, resume=False, steps=5500, prompt=None, out="out", train_bin=None,
+    val_bin=None, tokenizer="byte", n_layer=3, n_head=4, n_embd=128, n_positions=64, batch_size=12,
+    seq_len=64, grad_accum=1, lr=3e-3, min_lr=1e-4, warmup=100, beta1=0.9, beta2=0.99,
+    weight_decay=0.1, grad_clip=1.0, seed=1337, threads=None, log_every=50, eval_every=500,
+    eval_tokens=0, sample_every=1000, save_every=250, num_samples=1, max_new_tokens=500,
+    temperature=0.8, top_k=None, top_p=None, folder=None)
 GPT2 = dict(
     model="gpt2", steps=1000, tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, n_positions=1024,
     batch_size=4, lr=3e-4, min_lr=3e-5, beta2=0.95, log_every=1, eval_tokens=8192)
@@ -2122,42 +1925,33 @@ BOUNDS = {
                 "temperature", (0.0, 0.99999): "beta1 beta2", (0.0, 1.0): "top_p"}
 
 
-@pytest.mark.parametrize("low, high, name", [
-    (*bounds, name) for bounds, names in BOUNDS.items() for name in names.split()])
-def test_command_refuses_numbers_out_of_bounds(low, high, name):
+def test_command_refuses_numbers_out_of_bounds():
     parser = gpt2.make_parser()
-    for value in low, high:
-        assert getattr(parser.parse_args([f"--{name}={value}"]), name) == value
-    beyond = [low - 1, high + 1] if type(low) is int else [-1e-9, high * 1.001, "inf"]
-    for value in *beyond, "nan", "x", "", "9" * 200, "9" * 5000:
-        with pytest.raises(gpt2.UserError, match=f"--{name}: must be .{{20,99}}, not "):
-            parser.parse_args([f"--{name}={value}"])
-
-
-def test_command_has_no_other_options():
-    numbers = {name for names in BOUNDS.values() for name in names.split()}
-    assert DEFAULTS.keys() - numbers == {"model", "init_from", "resume", "prompt", "out",
-                                         "train_bin", "val_bin", "tokenizer", "folder"}
+    others = {*DEFAULTS}
+    for (low, high), names in BOUNDS.items():
+        beyond = [low - 1, high + 1] if type(low) is int else [-1e-9, high * 1.001, "inf"]
+        for name in names.split():
+            others.remove(name)
+            for value in low, high:
+                assert getattr(parser.parse_args([f"--{name}={value}"]), name) == value
+            for value in *beyond, "nan", "x", "", "9" * 200, "9" * 5000:
+                with pytest.raises(gpt2.UserError, match=f"--{name}: must be .{{20,99}}, not "):
+                    parser.parse_args([f"--{name}={value}"])
+    assert others == {"model", "init_from", "resume", "prompt", "out", "train_bin", "val_bin",
+                      "tokenizer", "folder"}
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--n_heads 3", "unrecognized arguments: --n_heads 3"),
-    ("--step 3", "unrecognized arguments: --step 3"),
-    ("--model llama", "argument --model: invalid choice: 'llama'"),
+    ("--step 3", "unrecognized arguments: --step 3"), ("--seed=--", "--seed needs a value"),
     ("--model gpt2 --init_from m", "not allowed with argument"),
     ("--resume --model gpt2", "not allowed with argument"),
-    ("--resume --init_from m", "not allowed with argument"),
     ("--resume", "--resume: out has no checkpoint; give the run's folder as --out"),
-    ("--n_embd 18 --n_head 4 " + FILES, "n_embd 18 does not divide into n_head 4 heads"),
     ("--seq_len 65", "--seq_len 65 is more than --n_positions 64; lower it"),
     ("--train_bin train.bin", "--train_bin and --val_bin belong together"),
     ("--val_bin val.bin", "--train_bin and --val_bin belong together"),
-    (["--train_bin", "", "--val_bin", ""], r"\(empty\): no such file"),
     ("--train_bin no*.bin --val_bin val.bin", r"no\*\.bin: no such file; make one with"),
-    ("--train_bin m --val_bin val.bin", "'.*m'; check the path"),
     ("--train_bin short.bin --val_bin val.bin", "short.bin: 64 tokens are too few for --seq_len"),
     (f"{TINY} --steps 1 --out val.bin", "val.bin.*; check the path"),
-    ("--init_from nowhere", "nowhere.{1,2}config.json'; check the path"),
     ("--init_from baby", "baby.{1,2}config.json'; check the path"),
     ("--init_from m --n_embd 32", "--n_embd 32 does not fit m, which has 16; leave it out"),
     ("--init_from m300", "m300 has another vocabulary; give the --tokenizer to use with it"),
@@ -2191,104 +1985,73 @@ def test_command_refuses_a_model_that_is_no_plain_gpt2(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("arguments, n_bytes", [
-    ("--init_from m --max_new_tokens 0", 4 * (7680 + 16 * 693)),
-    (f"--init_from m --steps 1 {FILES}", 4 * (4 * 7680 + 12 * 16 * 693)),
-    (f"--init_from m --steps 1 --batch_size 32 --threads 2 {FILES}",
-     4 * (5 * 7680 + 32 * 16 * 693))])
-def test_command_needs_memory_for_what_it_does(train, monkeypatch, arguments, n_bytes):
+    ("--max_new_tokens 0", 4 * (7680 + 16 * 693)),
+    (f"{FILES} --steps 1 --batch_size 32 --threads 2", 4 * (5 * 7680 + 32 * 16 * 693))])
+def test_command_needs_memory_for_what_it_does(train, monkeypatch, capsys, arguments, n_bytes):
     """Parameters and activations (693 numbers a position); for training, also two moments and the
-    gradients of every shard. Systems without os.sysconf have enough."""
+    gradients of every shard. Systems without os.sysconf have enough until NumPy has not."""
     saved_model("m", TINY_CONFIG)
     for memory, status in (n_bytes, 0), (n_bytes - 1, 2):
         monkeypatch.setattr(os, "sysconf", lambda name: memory if "PHYS" in name else 1, False)
-        assert train(arguments, "--out", memory) == status
+        assert train("--init_from m", arguments, "--out", memory) == status
     monkeypatch.delattr(os, "sysconf")
-    assert train(arguments) == 0
-
-
-def test_command_help_shows_the_defaults_of_a_model(train, capsys):
-    for arguments, steps in ("--help", 5500), ("-h --model gpt2", 1000):
-        assert train(arguments) == 0
-        text = " ".join(capsys.readouterr().out.split())
-        assert f"--steps X training steps; 0 only validates and samples (default: {steps})" in text
-        assert all(f"--{name} " in text for name in DEFAULTS.keys() - {"help", "folder"})
+    capsys.readouterr()
+    monkeypatch.setattr(gpt2.GPT2, "from_pretrained", mock.Mock(side_effect=MemoryError("no room")))
+    assert train("--init_from m", arguments) == 2 and error_line(capsys) == "no room"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full")
-def test_command_ends_quietly_at_a_closed_pipe_and_tells_of_a_full_disk():
-    reading, writing = os.pipe()
-    os.close(reading)
-    assert finish(start(TRAIN, "--help", stdout=writing), 141)[1] == ""
-    os.close(writing)
+def test_command_help_shows_the_defaults_of_a_model_and_tells_of_a_full_disk():
+    out, _ = finish(start(TRAIN, "-h --model gpt2"))
+    assert "0 only validates and samples (default: 1000)" in " ".join(out.split())
     with open("/dev/full", "w") as full:
         _, err = finish(start(TRAIN, "--help", stdout=full), 2)
     assert re.fullmatch("train_gpt2.py: error: cannot print: .*No space left on device\n", err)
 
 
-def test_command_without_enough_memory_for_an_array_gets_one_line(train, monkeypatch, capsys):
-    monkeypatch.setattr(gpt2, "activations", mock.Mock(side_effect=MemoryError("Unable to")))
-    assert train(TINY, "--steps 1") == 2 and error_line(capsys) == "Unable to"
-
-
-def test_command_works_alone_in_a_folder(tmp_path):
-    """Without prepro_tinyshakespeare.py, and where nothing but NumPy can be imported."""
-    program = shutil.copy(TRAIN, tmp_path)
-    _, err = finish(start(program, cwd=tmp_path), 2)
-    assert re.fullmatch("train_gpt2.py: error: .*prepro_tinyshakespeare.py.*--train_bin.*\n", err)
-    make_tokens(tmp_path)
-    for name in "torch", "tiktoken":
-        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
-    sampling = "--init_from out --num_samples 2 --prompt ROMEO: --seed"
-    found = [finish(start(program, arguments, cwd=tmp_path)) for arguments in (
-        f"{TINY} --steps 3", "--resume --steps 5", f"{sampling} 7", f"{sampling} 7",
-        f"{sampling} 8")]
-    assert {err for _, err in found} == {""} and len(read_log(tmp_path / "out")) == 5
-    one, same, other = (out for out, _ in found[2:])
-    empty, first, second = one.split("ROMEO:")
-    assert empty == "" and first != second and one == same != other
-
-
-def test_command_alone_trains_a_model_that_learns_on_any_number_of_threads(tmp_path):
-    """Without a network, from Python's own text. A resumed run keeps the four shards it began with.
+def test_command_trains_a_model_that_learns_on_any_number_of_threads(tmp_path):
+    """In a folder where nothing but NumPy can be imported, without a network, from Python's own
+    text. A resumed run keeps the four shards it began with.
 
     Measured: the validation loss falls from 5.55 = log 257 to 2.92 in 60 steps. Knowing how
     frequent every byte is would give about 3.35.
     """
-    out, err = finish(start(TRAIN, "--steps 60 --eval_every 30 --eval_tokens 8192 "
+    program = shutil.copy(TRAIN, tmp_path)
+    for name in "torch", "tiktoken":
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    _, err = finish(start(program, cwd=tmp_path), 2)
+    assert re.fullmatch("train_gpt2.py: error: .*prepro_tinyshakespeare.py.*--train_bin.*\n", err)
+    shutil.copy(PREPRO, tmp_path)
+    out, err = finish(start(program, "--steps 60 --eval_every 30 --eval_tokens 8192 "
                             "--save_every 30 --max_new_tokens 50 --threads 4", cwd=tmp_path))
     assert re.match(".*tinyshakespeare.* could not be downloaded.*pydoc_data", out) and err == ""
-    assert "shards 4, threads 4\n" in out and f"in {Path('data', 'pydoc_byte_train.bin')}\n" in out
     losses = [float(x) for x in re.findall(r"^step +\d+ \| val loss (\S+)", out, re.M)]
     assert len(losses) == 2 and losses[1] < 3.1
     shutil.copytree(tmp_path / "out", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "step_000060")
-    again, _ = finish(start(TRAIN, "--resume --out again --threads 1", cwd=tmp_path))
+    again, _ = finish(start(program, "--resume --out again --threads 1", cwd=tmp_path))
     assert result_of(tmp_path / "again", 60) == result_of(tmp_path / "out", 60)
-    assert samples(again) == samples(out) != [] and "shards 4, threads 1\n" in again
+    assert "shards 4, threads 4\n" in out and "shards 4, threads 1\n" in again
+    assert samples(again) == samples(out) != []
+    out, _ = finish(start(program, "--init_from out --num_samples 2 --prompt O:", cwd=tmp_path))
+    empty, first, second = out.split("O:")
+    assert empty == "" and first != second
 
 
 # ------------------------------------------------------------------------------------------------
 # prepro_tinyshakespeare.py.
 
-def test_prepro_counts_the_tokens_of_the_real_text_as_others_do(tokenizer):
-    """Bytes as for nanoGPT's shakespeare_char; GPT-2's tokens as in llm.c."""
-    path = HERE / "data" / "tinyshakespeare.txt"
-    if not path.exists():
-        pytest.skip(f"{path} is missing; prepro_tinyshakespeare.py downloads it")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == prepro.TEXT_SHA256
-    train, val = prepro.tokenize(prepro.read_text(path), tokenizer)
-    counts = {"byte": (1003854, 111540), "gpt2": (305260, 32768)}
-    assert (len(train), len(val)) == counts[tokenizer.name]
-
-
-@pytest.mark.parametrize("times, n_val", [(20, 24), (30000, 32768)])
-def test_prepro_splits_sections_as_llm_c_does(times, n_val):
+def test_prepro_splits_a_text_as_nanogpt_and_llm_c_do():
+    """Bytes: 90% of the characters train. Others: 32,768 validate, or a tenth of all."""
     letters = gpt2.Tokenizer("byte")
+    train, val = prepro.tokenize("é" * 99, letters)
+    assert (len(train), len(val)) == (178, 20)
     letters.name, letters.eot_token = "letters", 0
-    train, val = prepro.tokenize("a\n\nb\n\n\n\nc" * times, letters)
-    ids = val + train
-    assert ids[:11] == [0, *b"a\n\n", 0, *b"b\n\n", 0, *b"\n\n"] and ids[-2:] == [0, *b"c"]
-    assert len(val) == n_val
+    for times, n_val in (20, 24), (30000, 32768):
+        train, val = prepro.tokenize("a\n\nb\n\n\n\nc" * times, letters)
+        ids = val + train
+        assert ids[:11] == [0, *b"a\n\n", 0, *b"b\n\n", 0, *b"\n\n"] and ids[-2:] == [0, *b"c"]
+        assert len(val) == n_val
 
 
 def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, capsys):
@@ -2298,30 +2061,26 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark
     processes = [start(PREPRO, "--text", path) for _ in range(2)]
     out, _ = [finish(process)[0] for process in processes]
-    assert f"{Path('data', 'my novel[1]_byte_train.bin')}: 1,035 byte tokens\n" in out
-    assert sorted(os.listdir("data")) == [f"my novel[1]_byte_{x}.bin" for x in ("train", "val")]
     command = re.search("now run: python train_gpt2.py (.*)\n", out)[1]
     command = shlex.split(command) if os.name == "posix" else [x.strip('"') for x in re.findall(
         r'"[^"]*"|\S+', command)]
     assert command[4:] == ["--tokenizer", "byte", "--out", "out_my novel[1]"]
-    ids = np.concatenate([gpt2.read_tokens(path, 257) for path in command[1:4:2]])
-    assert gpt2.Tokenizer("byte").decode(ids) == text
     assert train(command, "--steps 0 --prompt The --max_new_tokens 5") == 0
-    out = capsys.readouterr().out
-    assert re.search(r"^step 0 \| val loss 5\.\d{4}\nThe", out, re.M)
+    assert re.search(r"^step 0 \| val loss 5\.\d{4}\nThe", capsys.readouterr().out, re.M)
     assert not Path(command[-1]).exists()
     path.write_text("another text")
     _, err = finish(start(PREPRO, "--text", path), 2)
     assert "train.bin has the tokens of another text; remove it, or give this text's file" in err
-    assert (np.concatenate([gpt2.read_tokens(path, 257) for path in command[1:4:2]]) == ids).all()
+    ids = np.concatenate([gpt2.read_tokens(path, 257) for path in command[1:4:2]])
+    assert gpt2.Tokenizer("byte").decode(ids) == text
 
 
 @pytest.mark.parametrize("program, arguments, content, message", [
     (PREPRO, "--text novel.txt", b"", "novel.txt: the file is empty; give one with text"),
     (PREPRO, "--text novel.txt", b"ab\xff", "novel.txt: byte 2 is not UTF-8; save it as UTF-8"),
     (PREPRO, "--text novel.txt", b"ab", "novel: 2 characters are too few; give more text"),
-    (PREPRO, "--text nowhere.txt", b"", "nowhere.txt'; check the path"),
-    (PREPRO, "", b"", r"https://.*/input\.txt could not be downloaded: .*tinyshakespeare.txt"),
+    (PREPRO, "", b"", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+     "tinyshakespeare/input.txt could not be downloaded: .*data.tinyshakespeare.txt"),
     (PREPRO, "--tokenizer gpt2 --text novel.txt", b"ab", "GPT-2's tokens need the package"),
     (TRAIN, "--init_from gpt2", b"", "https://.*/gpt2/.* could not be downloaded: .*hf download")])
 def test_prepro_without_what_it_needs_gets_one_line(tmp_path, program, arguments, content, message):
@@ -2335,89 +2094,63 @@ def test_prepro_without_what_it_needs_gets_one_line(tmp_path, program, arguments
 
 def test_prepro_never_gives_another_text_the_name_of_tinyshakespeare(train, monkeypatch, capsys):
     """Without a network, a stand-in has a name of its own, and the run on it resumes with it."""
-    download = mock.Mock(side_effect=gpt2.UserError("no network"))
-    monkeypatch.setattr(prepro, "download", download)
-    monkeypatch.setattr("pydoc_data.topics.topics", {"if": "The if statement. " * 99})
-    options = TINY.replace(FILES, "")
-    gpt2.write_file("data/pydoc_byte_train.bin.tmp", b"left by a process that was killed")
-    assert train(options, "--steps 1") == 0
-    assert sorted(os.listdir("data")) == ["pydoc_byte_train.bin", "pydoc_byte_val.bin"]
+    monkeypatch.setattr(prepro, "download", mock.Mock(side_effect=gpt2.UserError("no network")))
+    assert train(TINY.replace(FILES, ""), "--steps 1") == 0
     for name in "train.bin", "val.bin":
         os.rename(name, f"data/tinyshakespeare_byte_{name}")
     assert train("--resume --steps 2") == 0
     assert capsys.readouterr().out.count("pydoc_byte_train.bin\n") == 2
     text = b"Ein anderer Text. " * 99
     gpt2.write_file("data/tinyshakespeare.txt", text)
-    download.assert_called_once()
-    assert download.call_args.args[0] == ("https://raw.githubusercontent.com/karpathy/char-rnn/"
-                                          "master/data/tinyshakespeare/input.txt")
     with pytest.raises(gpt2.UserError, match=r"tinyshakespeare.txt is another text: its SHA-256"):
         prepro.tinyshakespeare()
     monkeypatch.setattr(prepro, "TEXT_SHA256", hashlib.sha256(text).hexdigest())
-    assert prepro.tinyshakespeare() == text.decode() and download.call_count == 1
+    assert prepro.tinyshakespeare() == text.decode()
 
 
 def test_prepro_downloads_what_is_missing_of_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepro, "download", download := mock.Mock())
-    folder = Path("data", "gpt2-medium")
-    assert gpt2.find_model("gpt2-medium") == folder
-    url = "https://huggingface.co/openai-community/gpt2-medium/resolve/main/"
-    assert [call.args[:2] for call in download.call_args_list] == [
-        (url + name, folder / name) for name in ("config.json", "model.safetensors")]
-    gpt2.write_file(folder / "config.json", b"{}")
-    prepro.download_model("gpt2-medium")
-    assert download.call_count == 3
-    gpt2.write_file(folder / "model.safetensors", b"")
-    gpt2.find_model("gpt2-medium")
-    assert download.call_count == 3
+    monkeypatch.setattr(prepro, "download", lambda url, path, advice: gpt2.write_file(
+        path, url.encode()))
+    folder = gpt2.find_model("gpt2-medium")
+    gpt2.write_file(folder / "config.json", b"kept")
+    os.remove(folder / "model.safetensors")
+    assert gpt2.find_model("gpt2-medium") == folder == Path("data", "gpt2-medium")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config.json": "kept", "model.safetensors": "https://huggingface.co/openai-community/"
+        "gpt2-medium/resolve/main/model.safetensors"}
 
 
 CONTENT = np.random.default_rng(0).bytes(300000)
 HEADER = b"HTTP/1.0 200 OK\r\nContent-Length: 300000\r\n\r\n"
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server that sends server.answer, and hangs up after so many seconds of silence."""
-    def respond(connection, address, web):
-        connection.recv(9999)
-        connection.sendall(web.answer)
-        time.sleep(web.silence)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), respond) as web:
-        web.url = f"http://127.0.0.1:{web.server_port}/f"
-        web.silence = 0
-        threading.Thread(target=web.serve_forever, args=[0.01], daemon=True).start()
-        yield web
-        web.shutdown()
-
-
 @pytest.mark.parametrize("answer, silence, reason", [
+    (b"HTTP/1.0 200 OK\r\n\r\n" + CONTENT, 0, None), (HEADER + CONTENT, 0, None),
     (b"HTTP/1.0 404 Not Found\r\n\r\n", 0, ".*Not Found"), (b"no HTTP\r\n\r\n", 0, "no HTTP"),
     (HEADER + CONTENT[:9], 3, "timed out"),
     (HEADER + CONTENT[:150000], 0, "the connection ended after 150,000 of 300,000 bytes"),
     (None, 0, "no answer within 0.5 seconds")])
-def test_prepro_download_that_fails_leaves_nothing_and_says_why(server, monkeypatch, answer,
-                                                                silence, reason):
-    """None: the look-up of the server's name takes for ever."""
+def test_prepro_download_appears_whole_or_says_why_not(tmp_path, monkeypatch, answer, silence,
+                                                       reason):
+    """From a server that sends this answer, is silent for so many seconds, and hangs up. None: the
+    look-up of its name takes for ever."""
+    def respond(connection, address, server):
+        connection.recv(9999)
+        connection.sendall(answer)
+        time.sleep(silence)
     assert prepro.TIMEOUT < 60
     monkeypatch.setattr(prepro, "TIMEOUT", 0.5)
-    server.answer = answer
-    server.silence = silence
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     if answer is None:
         monkeypatch.setattr("socket.getaddrinfo", lambda *args: threading.Event().wait())
-    with pytest.raises(gpt2.UserError, match=f"/f could not be downloaded: {reason}; by hand"):
-        prepro.download(server.url, "w", "by hand")
-    assert os.listdir() == []
-
-
-def test_prepro_download_appears_whole(server):
-    for server.answer in b"HTTP/1.0 200 OK\r\n\r\n" + CONTENT, HEADER + CONTENT:
-        prepro.download(server.url, "w", "")
-        assert Path("w").read_bytes() == CONTENT and os.listdir() == ["w"]
-        os.remove("w")
+    failure = pytest.raises(gpt2.UserError, match=f"/f could not be downloaded: {reason}; by hand")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), respond) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        with failure if reason else contextlib.nullcontext():
+            prepro.download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "w", "by hand")
+        server.shutdown()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if reason else [CONTENT])
 # ------------------------------------------------------------------------------------------------
 # The table: python test_gpt2.py
 
@@ -2662,7 +2395,7 @@ def bench_one(name, sizes, args, speed):
     tokens = 1e3 * math.prod(sizes[4:])
     bound = operations(*sizes) / speed / 1e6
     difference = np.abs(np.subtract(ours.losses, theirs.losses)).max()
-    agreeing = bool(difference <= 1e-4)  # measured: 1e-6 in 43 steps of baby
+    agreeing = bool(difference <= 1e-4)  # measured: 1e-6 in 203 steps of baby
     print(f"| {name} | {ms:.1f} | {torch_ms:.1f} | {np.median(ratios):.2f} ({min(ratios):.2f}-"
           f"{max(ratios):.2f}) | {tokens / ms:.0f} | {tokens / torch_ms:.0f} "
           f"| {ours.memory:.0f} ({ours.imported:.0f}) | {theirs.memory:.0f} "

@@ -109,7 +109,7 @@ import time
 import warnings
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -1428,7 +1428,7 @@ class Run:
         rng = self.rng.bit_generator.state
         save_checkpoint(args.out, model, self.files, {
             "step": model.step, "options": options, "out": os.path.abspath(args.out),
-            "shards": model.n_shards, "rng": rng, "crc32": checksum(model, rng)})
+            "shards": model.n_shards, "rng": rng, "crc32": checksum(model, rng, model.n_shards)})
 
     def validate(self):
         """Print the validation loss and return it."""
@@ -1640,9 +1640,9 @@ def save_checkpoint(out, model, files, state):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def checksum(model, rng):
-    """The CRC-32 of the state of the random generator, sizes, parameters and moments."""
-    crc32 = zlib.crc32(json.dumps([rng, asdict(model.config)]).encode())
+def checksum(model, *state):
+    """The CRC-32 of the sizes, parameters and moments of a model, and of the rest of the state."""
+    crc32 = zlib.crc32(json.dumps([asdict(model.config), *state]).encode())
     for flat in model.flat_params, model.flat_m, model.flat_v:
         crc32 = zlib.crc32(flat, crc32)
     return crc32
@@ -1664,9 +1664,9 @@ def load_checkpoint(folder, state):
     """(model, random generator) of a checkpoint. Raises UserError if a file has changed."""
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
-    require(checksum(model, state["rng"]) == state["crc32"], f"{folder}: config.json, a number or "
-            "the state of the random generator has changed since it was saved; remove it to resume "
-            "from the checkpoint before it")
+    require(checksum(model, state["rng"], state["shards"]) == state["crc32"], f"{folder}: "
+            "config.json, a number or the state of the random generator has changed since it was "
+            "saved; remove it to resume from the checkpoint before it")
     model.step = state["step"]
     rng = np.random.default_rng()
     rng.bit_generator.state = state["rng"]
@@ -1701,9 +1701,8 @@ class Processes:
             if self.size > 1:
                 from torch import distributed, from_numpy
                 self.network, self.tensor = distributed, from_numpy
-                distributed.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))
                 # others wait while rank 0 downloads or validates, however long that takes
-                self.group = distributed.new_group(timeout=datetime.timedelta(days=7))
+                distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
                 atexit.register(distributed.destroy_process_group)
         except Exception as error:  # of many kinds
             reason = str(error).partition("\n")[0]
@@ -1722,7 +1721,7 @@ class Processes:
         if self.size == 1:
             return
         try:
-            self.network.all_reduce(self.tensor(flat), group=self.group)
+            self.network.all_reduce(self.tensor(flat))
         except RuntimeError as error:
             require(not re.search("connection|closed|reset by peer|timed out", str(error), re.I),
                     f"rank {self.rank} lost the connection to another process; see that process's "
@@ -1786,35 +1785,28 @@ class Pool:
             return
         # popleft gives every item to one thread only, also without a GIL; None ends its work
         left = deque([*items, *[None] * self.threads])
+        running = set()  # threads
 
         def work_through():
             try:
+                running.add(threading.get_ident())
                 self.this_thread.nested = True
                 for item in iter(left.popleft, None):
                     work(item)
             finally:
                 self.this_thread.nested = False
-        helpers = []
+                running.discard(threading.get_ident())
         try:
-            for _ in range(min(self.threads, len(items)) - 1):
-                helpers.append(self.executor.submit(work_through))
+            helpers = [self.executor.submit(work_through)
+                       for _ in range(min(self.threads, len(items)) - 1)]
             work_through()
-        except BaseException:  # an error or Ctrl-C: nothing new begins
+            for helper in helpers:
+                helper.result()  # waits, and raises the error that the thread has met
+        except BaseException:  # an error or Ctrl-C: nothing new begins, and what has begun ends
             left.clear()
+            while running:
+                time.sleep(1e-4)
             raise
-        finally:
-            wait_for(helpers)
-        for helper in helpers:
-            helper.result()  # raises the error that a thread has met
-
-
-def wait_for(futures):
-    """Wait until all have finished; Ctrl-C in the meantime is raised afterwards."""
-    try:
-        wait(futures)
-    except KeyboardInterrupt:
-        wait_for(futures)
-        raise
 
 
 def split(n, parts, evenly=False):
@@ -2089,7 +2081,8 @@ def main():
     if args.steps is None:
         model, _ = make_model(args, state, 1)
         for i in range(args.num_samples):
-            print_sample(model, tokenizer, args, i)
+            if not STOP:  # the output may have been closed
+                print_sample(model, tokenizer, args, i)
     elif args.steps == 0:
         run = Run(args, state, tokenizer, processes)
         run.validate()
