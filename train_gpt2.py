@@ -1010,7 +1010,7 @@ class GPT2:
             network_backward(shard.g, shard.a, self.p, ids[rows], targets[rows], dloss / ids.size)
         parallel(backward, self.shards)
         for shard in self.shards[1:]:
-            self.flat_grads += shard.flat_grads
+            add(self.flat_grads, shard.flat_grads)
         self.unfinished = False
 
     def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
@@ -1037,6 +1037,12 @@ class GPT2:
         self.step += 1
         self.unfinished = False
         return norm
+
+
+@by_rows("total part")
+def add(total, part):
+    """Add part (n,) to total (n,)."""
+    total += part
 
 
 @by_rows("flat", sums="total")
@@ -1783,15 +1789,18 @@ class Pool:
             for item in items:
                 work(item)
             return
-        # popleft gives every item to one thread only, also without a GIL; None ends its work
-        left = deque([*items, *[None] * self.threads])
+        left = deque(items)  # popleft gives every item to one thread only, also without a GIL
         running = set()  # threads
 
         def work_through():
             try:
                 running.add(threading.get_ident())
                 self.this_thread.nested = True
-                for item in iter(left.popleft, None):
+                while True:
+                    try:
+                        item = left.popleft()
+                    except IndexError:  # none is left
+                        return
                     work(item)
             finally:
                 self.this_thread.nested = False
