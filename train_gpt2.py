@@ -845,7 +845,8 @@ def by_layer(arrays):
 
 def activations(config, B, T, dtype):
     """The arrays of a forward and backward pass of B sequences of T tokens, under their names."""
-    N, C, H, V = B * T, config.n_embd, config.n_head, config.vocab_size
+    N = B * T
+    C, H, V = config.n_embd, config.n_head, config.vocab_size
 
     def new(*shape):
         return np.empty(shape, dtype)
@@ -947,7 +948,8 @@ class GPT2:
 
     def _checked(self, ids, name="ids"):
         """A copy of ids (B,T), if they are tokens that this model knows; otherwise UserError."""
-        ids, V, context = np.array(ids), self.config.vocab_size, self.config.n_positions
+        ids = np.array(ids)
+        V, context = self.config.vocab_size, self.config.n_positions
         require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
                 f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
                 f"{ids.dtype} {ids.shape}")
@@ -1022,13 +1024,14 @@ class GPT2:
         do not, as is the custom: they are few, and 0 is not a natural value for a scale. If the
         norm is not finite, only the gradients change: they are set to 0.
         """
+        self.unfinished = True
         total = np.zeros(1)
         add_squares(total, self.flat_grads)
         norm = math.sqrt(total[0])
         if not math.isfinite(norm):
             self.flat_grads[...] = 0
+            self.unfinished = False
             return norm
-        self.unfinished = True
         clip = min(1, grad_clip / (norm + 1e-6)) if grad_clip else 1  # 1e-6 as in PyTorch
         n = sum(param.size for param in self.params.values() if param.ndim == 2)
         for part, decay in (slice(0, n), weight_decay), (slice(n, None), 0):
@@ -1754,7 +1757,7 @@ class Processes:
 
 
 # ------------------------------------------------------------------------------------------------
-# Threads. A NumPy operation uses one core, but it releases the GIL (the lock that lets only one
+# Threads. A NumPy operation uses one core, but it releases the GIL (a lock that lets only one
 # thread at a time run Python) while it computes. So a few threads, each calling NumPy on a part of
 # the arrays, use all cores. A block of rows fits into a core's cache, so a formula of eight
 # operations reads memory once, not eight times. How arrays are cut depends on their shapes, on the
@@ -1814,7 +1817,8 @@ class Pool:
         except BaseException:  # an error or Ctrl-C: nothing new begins, and what has begun ends
             left.clear()
             while running:
-                time.sleep(1e-4)
+                with contextlib.suppress(KeyboardInterrupt):  # a second one changes nothing
+                    time.sleep(1e-4)
             raise
 
 
