@@ -2033,8 +2033,9 @@ def bench(args):
     torch_speed = peak_speed(lambda a, b: torch.from_numpy(a) @ torch.from_numpy(b))
     print(f"one large product, GFLOP/s: numpy {speed:.0f} on one thread, {speed_of_all:.0f} on "
           f"{args.threads}; torch {torch.__version__} {torch_speed:.0f} on one\n"
-          f"{args.threads} threads; products alone at that speed; memory after the import in "
-          "brackets\n\n| config | ms/step | PyTorch | ratio (min-max) | products alone (share) "
+          f"PyTorch eager, {args.threads} threads; bound: the arithmetic at that speed; memory "
+          "after the import in brackets\n\n"
+          "| config | ms/step | PyTorch | ratio (min-max) | bound, ms (share) "
           "| peak MB | PyTorch | loss (difference) |\n" + "|---" * 8 + "|", flush=True)
     names = [args.config] if args.config else list(BENCH)
     good = [bench_one(name, args, speed_of_all) for name in names]

@@ -948,7 +948,7 @@ class GPT2:
 
     def _checked(self, ids, name="ids"):
         """A copy of ids (B,T), if they are tokens that this model knows; otherwise UserError."""
-        ids = np.array(ids)
+        ids = np.asarray(ids)
         V, context = self.config.vocab_size, self.config.n_positions
         require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
                 f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
