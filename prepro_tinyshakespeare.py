@@ -8,17 +8,14 @@
     python prepro_tinyshakespeare.py --tokenizer gpt2      # data/tinyshakespeare_gpt2_*.bin
     python prepro_tinyshakespeare.py --text my_novel.txt   # data/my_novel_byte_*.bin
 
-train_gpt2.py calls prepare and download_model when it finds that data/ lacks what it needs. The
-format of token files is described in data/README.md.
+train_gpt2.py calls prepare and download_model when data/ lacks what it needs. The format of token
+files is described in data/README.md.
 """
 import argparse
 import contextlib
 import hashlib
 import http.client
-import os
-import shlex
 import socket
-import subprocess
 import threading
 import urllib.parse
 import urllib.request
@@ -36,7 +33,7 @@ TIMEOUT = 8  # seconds without an answer after which a download is given up
 
 
 def look_up(host):
-    """Raise OSError if the name of a host is not found in time; the system's look-up may hang."""
+    """Raise OSError if the system does not answer in time where a host is; it may hang."""
     def ask():
         with contextlib.suppress(OSError):  # urlopen will report it
             socket.getaddrinfo(host, None)
@@ -48,34 +45,25 @@ def look_up(host):
 
 
 def download(url, path, advice):
-    """Download a file, with progress; it appears at `path` whole or not at all.
-
-    Raises UserError, which ends with the advice, if the server is silent for TIMEOUT seconds or the
-    connection ends early.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
-    done = 0
-    try:
-        look_up(urllib.parse.urlsplit(proxy or url).hostname)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            size = int(response.headers.get("Content-Length") or 0)
-            with open(unfinished, "wb") as file:
-                while block := response.read(1 << 16):
-                    file.write(block)
-                    done += len(block)
-                    gpt2.show_progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+    """Download a file; it appears at `path` whole or not at all. Raises UserError with advice."""
+    def blocks(response):
+        size = int(response.headers.get("Content-Length") or 0)
+        done = 0
+        while block := response.read(1 << 16):
+            yield block
+            done += len(block)
+            gpt2.show_progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
         gpt2.show_progress("")
         if size and done != size:
             raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-        os.replace(unfinished, path)
+    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
+    try:
+        look_up(urllib.parse.urlsplit(proxy or url).hostname)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            gpt2.write_file(path, blocks(response))
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise gpt2.UserError(f"{url} could not be downloaded: {reason}; {advice}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def download_model(name):
@@ -93,9 +81,8 @@ def tokenize(text, tokenizer):
     """Text -> lists (training ids, validation ids).
 
     Bytes are split as for nanoGPT's shakespeare_char: the first 90% of the characters train, the
-    rest validates. GPT-2's tokens are split as in llm.c: every section, up to a blank line, follows
-    an <|endoftext|> and is encoded on its own; the first 32,768 tokens validate, or a tenth if
-    there are few.
+    rest validates. GPT-2's tokens are split as in llm.c: an <|endoftext|> stands before every
+    section, and blank lines end sections; the first 32,768 tokens validate, or a tenth of all.
     """
     if tokenizer.name == "byte":
         cut = int(len(text) * 0.9)
@@ -128,9 +115,8 @@ def write_text(text, name, tokenizer_name):
     paths = [gpt2.DATA / f"{name}_{tokenizer_name}_{part}.bin" for part in ("train", "val")]
     for path, ids in zip(paths, parts):
         gpt2.require(len(ids) > 1, f"{name}: {len(text)} characters are too few; give more text")
-        same = not path.exists() or np.array_equal(np.fromfile(path, "<u2")[512:], ids)
-        gpt2.require(same, f"{path} has the tokens of another text; remove it, or give this text's "
-                     "file another name")
+        gpt2.require(not path.exists() or np.array_equal(np.fromfile(path, "<u2")[512:], ids),
+                     f"{path} has the tokens of another text; remove it, or rename this text")
     for path, ids in zip(paths, parts):
         gpt2.write_tokens(path, ids)
         gpt2.say(f"wrote {path}: {len(ids):,} {tokenizer_name} tokens")
@@ -155,9 +141,8 @@ def prepare(tokenizer_name):
         try:
             text = tinyshakespeare()
         except gpt2.UserError as error:
+            gpt2.say(f"{error}; for now, the text is Python's language reference (pydoc_data)")
             from pydoc_data.topics import topics
-            gpt2.say(f"{error}; for now, the text is Python's language reference "
-                     "(pydoc_data.topics)")
             text = "\n\n".join(topics.values())
             name = "pydoc"
         return write_text(text, name, tokenizer_name)
@@ -168,18 +153,16 @@ def main():
     parser = argparse.ArgumentParser(description="Turn a text into token files in data/.")
     parser.add_argument("--tokenizer", choices=gpt2.Tokenizer.sizes, default="byte",
                         help="bytes, or GPT-2's 50,257 tokens (default: byte)")
-    parser.add_argument("--text", metavar="FILE",
+    parser.add_argument("--text", metavar="FILE", type=Path,
                         help="a UTF-8 text file (default: tinyshakespeare, downloaded if missing)")
     args = parser.parse_args()
     with gpt2.locked(gpt2.DATA, wait=True):
         if args.text is None:
             write_text(tinyshakespeare(), "tinyshakespeare", args.tokenizer)
             return
-        name = Path(args.text).stem
-        train, val = write_text(read_text(args.text), name, args.tokenizer)
-    join = shlex.join if os.name == "posix" else subprocess.list2cmdline
-    gpt2.say("now run: " + join(["python", "train_gpt2.py", "--train_bin", str(train), "--val_bin",
-                                 str(val), "--tokenizer", args.tokenizer, "--out", f"out_{name}"]))
+        train, val = write_text(read_text(args.text), args.text.stem, args.tokenizer)
+    gpt2.say(f'now run: python train_gpt2.py --train_bin "{train}" --val_bin "{val}" --tokenizer '
+             f'{args.tokenizer} --out "out_{args.text.stem}"')
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import math
 import os
 import pickle
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -293,7 +292,7 @@ def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
 LAYER_NAMES = list(dict.fromkeys(name.split()[0] for name in layers()))
 FUNCTIONS = [f"{name}_{way}" for name in LAYER_NAMES for way in ("forward", "backward")]
 LAYERS = pytest.mark.parametrize("name", layers())
-SIZES = {"small": {}, "eight blocks of queries": dict(T=600, H=5, C=20),
+SIZES = {"small": {}, "eight chunks of queries": dict(T=600, H=5, C=20),
          "several blocks of rows": dict(B=7, T=151, C=252, K=250, V=260)}
 
 
@@ -401,7 +400,7 @@ def test_docstrings_have_examples_that_run():
     assert doctest.testmod(gpt2).failed == 0
     names = {re.sub("train_gpt2.|_(for|back)ward$", "", test.name)
              for test in doctest.DocTestFinder().find(gpt2) if test.examples}
-    assert names >= {*LAYER_NAMES, "GPT2", "adamw", "learning_rate", "train", "sample",
+    assert names >= {*LAYER_NAMES, "adamw", "learning_rate", "train", "sample",
                      "generate", "split"}
 
 
@@ -412,7 +411,7 @@ def test_docstrings_have_examples_that_run():
 @pytest.mark.parametrize("config, B, T, shards", [
     (SMALL, 2, 5, 1), (SMALL, 3, 1, 1),
     (gpt2.GPTConfig(57, 64, 32, 11, 1), 3, 64, 2),  # the full context, 11 blocks, one head
-    (gpt2.GPTConfig(61, 200, 24, 2, 2), 2, 150, 1),  # several blocks of queries
+    (gpt2.GPTConfig(61, 200, 24, 2, 2), 2, 150, 1),  # several chunks of queries
     (gpt2.GPTConfig(1031, 64, 128, 1, 4), 12, 64, 1),  # several blocks of rows
     (gpt2.GPTConfig(31, 128, 36, 2, 3), 11, 128, 4)])
 def test_model_and_network_match_torch(config, B, T, shards, dtype):
@@ -426,10 +425,10 @@ def test_model_and_network_match_torch(config, B, T, shards, dtype):
 
 
 def test_model_config_refuses_sizes_that_make_no_model():
-    for sizes, message in [(dict(n_head=5), "n_embd 768 does not divide into n_head 5 heads"),
+    for sizes, message in [(dict(n_head=5), "n_embd 768 is not divisible by n_head 5"),
                            (dict(n_layer=0), "n_layer is 0"), (dict(n_embd=1.5), "n_embd is 1.5"),
                            (dict(n_head=True), "n_head is True"), (dict(n_head="12"), "'12'"),
-                           (dict(n_embd=2**32), "below 2.32"), (dict(n_layer=10001), "at most")]:
+                           (dict(n_layer=65537), "65537; it must be .* from 1")]:
         with pytest.raises(gpt2.UserError, match=message):
             gpt2.GPTConfig(**sizes)
 
@@ -551,10 +550,10 @@ def test_model_is_as_good_as_new_after_a_hundred_real_interrupts():
 
 
 @pytest.mark.parametrize("ids, targets, message", [
-    ([1, 2], None, r"ids must be .* \(2,\)"), ([[]], None, "shape"), ([[1.5]], None, "float64"),
-    ([[True]], None, "bool"), ([["1"]], None, "whole numbers"), ([[[1]]], None, r"\(1, 1, 1\)"),
+    ([1, 2], None, r"ids must be .* \(2,\)"), ([[]], None, r"\(1, 0\)"), ([[1.5]], None, "float64"),
+    ([[True]], None, "bool"), ([["1"]], None, "integers"), ([[[1]]], None, r"\(1, 1, 1\)"),
     ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[3, -1]], None, r"-1\.\.3"),
-    ([[0] * 9], None, "T from 1 to 8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)"),
+    ([[0] * 9], None, r"T in 1\.\.8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)"),
     ([[1]], [[17]], "targets are in 17"), ([[1]], [[-1]], "targets are in -1"),
     ([[1]], [1], "targets must be")])
 def test_model_refuses_ids_that_do_not_fit(ids, targets, message):
@@ -772,7 +771,7 @@ def test_token_files_have_llm_cs_format_and_appear_whole_or_not_at_all(tmp_path)
         with pytest.raises(gpt2.UserError, match=r"a.bin: .*0..65535"):
             gpt2.write_tokens(path, wrong)
     with pytest.raises(TypeError):
-        gpt2.write_file(path, b"new", None)
+        gpt2.write_file(path, [b"new", None])
     assert os.listdir(path.parent) == ["a.bin"] and path.read_bytes() == (
         b"\x88\xd8\x34\x01\1\0\0\0\3\0\0\0" + bytes(253 * 4) + b"\1\0\2\0\x50\xc4")
 
@@ -792,7 +791,7 @@ def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
     bad = tmp_path / "bad.bin"
     for wrong in [[(1234, 1, 20)], [(20240520, 2, 20)], [(20240520, 1, 19)], [None, b"x"]]:
         write_token_file(bad, range(20), *wrong)
-        with pytest.raises(gpt2.UserError, match=r"bad.bin: not a token file: \d+ bytes"):
+        with pytest.raises(gpt2.UserError, match="bad.bin: not a token file; make it"):
             gpt2.read_tokens(tmp_path / "b*.bin", 257)
     for tokens, message in ([5], "not a token file"), ([], "not a token file"), (
             [0] * 9999 + [257], "id 257 is outside the vocabulary of 257; .*--tokenizer"):
@@ -860,10 +859,9 @@ def samples(text):
 
 
 def result_of(out, steps):
-    """What must be the same: the log without its times, and the last checkpoint's state."""
-    names = ["step", "loss", "val_loss", "norm", "lr"]
-    state = gpt2.read_json(Path(out) / f"step_{steps:06}" / "trainer.json")
-    return [[row[name] for name in names] for row in read_log(out)], state["rng"], state["crc32"]
+    """What must be the same: the log without its times, and the last checkpoint's numbers."""
+    state = gpt2.read_state(Path(out) / f"step_{steps:06}")
+    return [list(row.values())[:5] for row in read_log(out)], state["rng"], state["model"]
 
 
 def error_line(capsys):
@@ -903,19 +901,17 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
     steps = gpt2.train(model, tokens, 4, 6, 16, lambda step: 0.002 * step,
                        np.random.default_rng([5, 1]), grad_accum=2, beta1=0.8, beta2=0.9,
                        weight_decay=0.3, grad_clip=0.05)
-    lines = []
-    rows = []
-    for (step, loss, norm), end in zip(steps, [
-            "lr 2.00e-03 | 40000 ms |     5 tok/s | 0:02:00 left", "",
-            "lr 6.00e-03 | 100000 ms |     2 tok/s | 0:01:40 left",
-            "lr 8.00e-03 | 160000 ms |     1 tok/s | 0:00:00 left"]):
-        val_loss = gpt2.evaluate(model, val_tokens[:151], 6, 16)
-        rows.append([step, loss, val_loss, norm, 0.002 * step])
-        lines += [f"step {step}/4 | loss {loss:.4f} | norm {norm:.2f} | {end}"] if end else []
-        lines += [f"step {step} | val loss {val_loss:.4f}"] if step in (2, 4) else []
+    rows = [[step, loss, gpt2.evaluate(model, val_tokens[:151], 6, 16), norm, 0.002 * step]
+            for step, loss, norm in steps]
+    step_line = "step {0}/4 | loss {1:.4f} | norm {3:.2f} | lr {4:.2e} | "
+    lines = [(0, step_line + "40000 ms |     5 tok/s | 0:02:00 left"),
+             (1, "step {0} | val loss {2:.4f}"),
+             (2, step_line + "100000 ms |     2 tok/s | 0:01:40 left"),
+             (3, step_line + "160000 ms |     1 tok/s | 0:00:00 left"),
+             (3, "step {0} | val loss {2:.4f}")]
     shown = capsys.readouterr().out.splitlines()
     assert "7,680 parameters, GPTConfig" in shown[0] and "validate  150 of 200 tokens" in shown[3]
-    assert shown[4:9] == lines
+    assert shown[4:9] == [line.format(*rows[i]) for i, line in lines]
     log = [[float(x or 0) for x in row.values()] for row in read_log("out")]
     logged = [(1, 1, 0, 1, 1), (1, 0, 1, 0, 0), (1, 1, 0, 1, 1), (1, 1, 1, 1, 1)]
     np.testing.assert_allclose([row[:5] for row in log], np.multiply(rows, logged), rtol=2e-6)
@@ -925,7 +921,6 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
 @pytest.mark.parametrize("name, prompt, shown, note", [
     ("byte", "Oh, so long", "Oh, so long", "the prompt has 11 tokens; only the last 8 are used\n"),
     ("byte", "just 8 B", "just 8 B", ""), ("byte", None, "\n", ""),
-    ("byte", "a\udcff", "a?", ""),  # how Python passes a byte that is not UTF-8
     ("gpt2", None, "<|endoftext|>", "")])
 def test_run_samples_whole_characters(monkeypatch, capsys, name, prompt, shown, note):
     """The last token here is the first byte of a character that has no end."""
@@ -979,26 +974,14 @@ def test_run_that_has_to_stop_resumes_bit_for_bit(train, capsys, before, in_step
     out, err = finish(start(program, options, "--out run", **closed), status)
     assert err == message
     checkpoint_is_whole(Path("run/step_000017"))
-    os.renames("run", "elsewhere/moved")  # a moved run resumes and writes where it now is
-    os.chdir("elsewhere")
+    os.rename("run", "moved")
     assert train("--resume --threads 3 --out moved") == 0
-    assert result_of("moved", 32) == result_of("../whole", 32)
+    assert result_of("moved", 32) == result_of("whole", 32)
     resumed = samples(capsys.readouterr().out)
     assert len(whole) == 3 and resumed == whole[1:]
     if status > 128 and status != 141:
         assert out.endswith("stopped after step 17, saved in run; --resume continues\n")
         assert samples(out) == whole[:1]
-
-
-def test_run_stops_at_once_at_a_second_ctrl_c_but_not_at_its_echo(monkeypatch):
-    """torchrun sends every Ctrl-C twice. Another signal never ends a run before it is saved."""
-    now = [100]
-    monkeypatch.setattr(gpt2, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    for now[0], number in (100, signal.SIGINT), (100.9, signal.SIGINT), (102, signal.SIGTERM):
-        gpt2.on_signal(number, None)
-    assert next(iter(gpt2.STOP)) == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        gpt2.on_signal(signal.SIGINT, None)
 
 
 @POSIX
@@ -1011,8 +994,8 @@ def test_run_has_its_folder_for_itself(train, capsys):
     read_until("step 19/", process)
     for arguments in f"{TINY} --steps 1 --out run", "--resume --out run --steps 30":
         assert train(arguments) == 2
-        assert error_line(capsys) == ("run: another process is training in this folder; wait until "
-                                      "it ends, or give another --out")
+        assert error_line(capsys) == ("run: another process is training in this folder; wait, or "
+                                      "give another --out")
     process.kill()
     finish(process, -signal.SIGKILL)
     assert train(TINY, "--steps 1 --out run") == 2
@@ -1024,19 +1007,21 @@ def test_run_has_its_folder_for_itself(train, capsys):
     assert result_of("run", 25) == result_of("whole", 25)
 
 
-@pytest.mark.parametrize("change, line", [
-    pytest.param(lambda log: log.decode().encode("utf-16"), 1, id="UTF-16"),
-    pytest.param(lambda log: log.replace(b"\n2,", b"\n\xb2,"), 3, id="Latin-1"),
-    pytest.param(lambda log: log.replace(b",,", b";;"), 2, id="semicolons"),
-    pytest.param(lambda log: log.replace(b"\n", b"\r\n"), 1, id="CRLF"),
-    pytest.param(lambda log: log + b"lr too high?\n", 5, id="a note")])
-def test_run_refuses_a_log_that_is_none_and_leaves_it(train, capsys, change, line):
+def test_run_refuses_a_log_that_is_not_its_own_and_leaves_it(train, capsys):
+    """A log that was removed begins again."""
     assert train(TINY, "--steps 3") == 0
     path = Path("out", "log.csv")
-    path.write_bytes(changed := change(path.read_bytes()))
-    assert train("--resume --steps 4") == 2
-    assert error_line(capsys).startswith(f"{path}: line {line} is not a line of a log: ")
-    assert path.read_bytes() == changed
+    log = path.read_bytes()
+    for changed in log.replace(b"\n", b"\r\n"), log.replace(b"\n2,", b"\n4,"), log[:-1], b"":
+        path.write_bytes(changed)
+        assert train("--resume --steps 4") == 2
+        assert error_line(capsys).startswith(f"{path} is not this run's log, or was edited; ")
+        assert path.read_bytes() == changed
+    path.unlink()
+    assert train("--resume --steps 4") == 0 and [row["step"] for row in read_log("out")] == ["4"]
+    gpt2.write_file("notes/log.csv", [b"lr too high?"])
+    assert train(TINY, "--steps 1 --out notes") == 2 and "log.csv is not" in error_line(capsys)
+    assert os.listdir("notes") == ["log.csv"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1218,86 +1203,47 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
         assert re.fullmatch(message, error_line(capsys))
 
 
-def test_checkpoint_that_is_damaged_is_an_error_and_the_one_before_it_opens(train, capsys):
+def test_checkpoint_that_has_changed_is_an_error_and_the_one_before_it_opens(train, capsys):
+    """A file is cut short, is another or has one other number. The weights fit 4 heads, too."""
     assert train(TINY, "--steps 6 --save_every 3") == 0
     folder = Path("out", "step_000006")
-    for name in "config.json", "model.safetensors", "optimizer.safetensors", "trainer.json":
+    for name, old, new in [
+            ("config.json", b'"n_head": 2', b'"n_head": 4'), ("model.safetensors", b"", b"x"),
+            ("optimizer.safetensors", b"", b"x"), ("trainer.json", b'"step": 6', b'"step": 5'),
+            ("trainer.json", b'"lr": 0.003', b'"lr": null'), ("trainer.json", b'"n', b'"N'),
+            ("trainer.json", b'"crc32"', b'"crc"')]:
         data = (folder / name).read_bytes()
-        for damaged in data[:len(data) // 2], b"", b"{}", data[:-1] + bytes([data[-1] ^ 4]):
+        number = data.replace(old, new) if old else data[:-1] + bytes([data[-1] ^ 1])
+        assert number != data
+        for damaged in number, data[:len(data) // 2], b"", b"{}", b"[]":
             (folder / name).write_bytes(damaged)
             assert train("--resume --steps 8") == 2
             assert str(folder) in error_line(capsys)
         (folder / name).write_bytes(data)
-    edit_json(folder / "config.json", n_head=4)  # the weights fit this, too
-    options = gpt2.read_state(folder)["options"] | {"n_head": 4}
-    edit_json(folder / "trainer.json", options=options)
-    assert train("--resume --steps 8") == 2
-    assert error_line(capsys).startswith(f"{folder}: config.json, ")
     shutil.rmtree(folder)
     assert train("--resume --steps 8") == 0 and len(read_log("out")) == 8
 
 
-def test_checkpoint_with_odd_values_in_trainer_json_is_an_error_or_the_same(train, capsys):
-    """Every field and every option gets each value. What does not change a result may be odd."""
+def test_checkpoint_finds_its_tokens_after_the_project_was_moved(train):
+    """Into a folder whose name looks like a pattern, and from outside of it."""
     assert train(TINY, "--steps 2") == 0
-    shutil.copytree("out", "saved")
-    assert train("--resume --steps 3") == 0
-    expected = result_of("out", 3)
-    state = gpt2.read_json("saved/step_000002/trainer.json")
-    options = state["options"]
-    odd = [None, True, -1, 10**39, "", "x\0", [], {"bit_generator": "PCG64"}]
-    changes = [{name: x} for name in [*state, "unknown"] for x in odd]
-    changes += [{"options": options | {name: x}}
-                for name in [*options, "help", "out", "unknown"] for x in odd]
-    changes.append({"step": 1})
-    harmless = set()
-    for change in changes:
-        shutil.rmtree("out")
-        shutil.copytree("saved", "out")
-        edit_json("out/step_000002/trainer.json", **change)
-        capsys.readouterr()
-        if train("--resume --steps 3 --max_new_tokens 0") == 2:
-            assert error_line(capsys)
-        else:
-            assert result_of("out", 3) == expected
-            changed = change.get("options", change)
-            harmless |= {name for name, x in changed.items() if x != options.get(name)}
-    assert harmless == {"out", "prompt", "seq_len", "unknown"}
+    os.mkdir("new[1]")
+    for name in "train.bin", "val.bin", "out":
+        os.rename(name, f"new[1]/{name}")
+    assert train("--resume --steps 3 --out new[1]/out") == 0
 
 
-@pytest.mark.parametrize("files", [f"{FILES} --val_bin v*l.bin", ""])
-def test_checkpoint_finds_its_tokens_after_the_project_was_moved(train, files):
-    """Into a folder whose name looks like a pattern."""
-    data = Path("project" if files else "project/data")
-    data.mkdir(parents=True)
-    for name in "train.bin", "val.bin":
-        os.rename(name, data / (name if files else f"tinyshakespeare_byte_{name}"))
-    os.chdir("project")
-    assert train(TINY.replace(FILES, files), "--steps 2") == 0
-    os.chdir("..")
-    os.renames("project", "new[1]/project")
-    os.chdir("new[1]/project")
-    assert train("--resume --steps 3") == 0
-
-
-def test_checkpoint_of_a_model_trained_on_has_that_models_tokenizer_files(train, capsys):
-    """Nothing else of the model's folder, and nothing of a save that was left unfinished. The text
-    is one window."""
+def test_checkpoint_of_a_model_trained_on_is_whole(train, capsys):
+    """Nothing of a save that was left unfinished is in it. The text is one window."""
     saved_model("m", TINY_CONFIG)
     write_token_file("train.bin", range(17))
-    gpt2.write_file("out/unfinished/model.safetensors.tmp", b"half")
-    for name in "tokenizer.json", "merges.txt", "added_tokens.json", "readme", "tokens/a":
-        gpt2.write_file(Path("m", name), f"my {name}\r\n".encode())
-    Path("m/vocab.json").mkdir()
+    gpt2.write_file("out/unfinished/surplus", [b"half"])
     assert train("--init_from m --steps 1 --prompt To --eval_tokens 999", FILES) == 0
     out = capsys.readouterr().out
     assert samples(out)[0].startswith("To") and "validate  200 of 200 tokens" in out
     assert float(read_log("out")[0]["lr"]) == pytest.approx(1e-4 / 100)  # fine-tuning, warm-up
     assert sorted(os.listdir("out")) == ["log.csv", "step_000001"]
-    assert {*os.listdir("out/step_000001")} == {
-        "tokenizer.json", "merges.txt", "added_tokens.json", "config.json", "model.safetensors",
-        "generation_config.json", "optimizer.safetensors", "trainer.json"}
-    assert Path("out/step_000001/merges.txt").read_bytes() == b"my merges.txt\r\n"
+    checkpoint_is_whole(Path("out/step_000001"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1344,8 +1290,8 @@ def test_processes_train_as_one_does_and_end_together(
     ("--out first --seed 8", "rank 1 has another --seed than rank 0; start all processes with .*"),
     ("--out first --lr 0.5 --top_k 2", "rank 1 has another --lr, --top_k than rank 0; .*"),
     ("--out first --train_bin val.bin --val_bin train.bin", "rank 1 has another training text .*"),
-    ("--out second", "rank 1 has another step, set of weights than rank 0; .*"),
-    ("--out first --batch_size 7", "--batch_size 7 cannot be shared equally among 2 processes; .*"),
+    ("--out second", "rank 1 has another step, set of weights, order than rank 0; .*"),
+    ("--out first --batch_size 7", "--batch_size 7 is not divisible by the 2 processes; .*"),
     ("--out first --threads 1", None)])
 def test_processes_that_differ_are_told_in_what(train, monkeypatch, capsys, arguments, message):
     """The other process does always what the first call here does: it resumes from step 1."""
@@ -1376,8 +1322,8 @@ def test_processes_without_torchrun_are_an_error(train, monkeypatch, capsys, ran
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
     assert train(TINY, "--steps 1") == 2
-    assert re.fullmatch("WORLD_SIZE .*; start them with torchrun; .*GLOO_SOCKET_IFNAME.*",
-                        error_line(capsys))
+    assert re.fullmatch("the processes of WORLD_SIZE .* cannot connect .*; start them with "
+                        "torchrun; .*GLOO_SOCKET_IFNAME.*", error_line(capsys))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1582,10 +1528,11 @@ def test_command_has_these_defaults(tmp_path, monkeypatch, arguments, changes):
 
 BOUNDS = {
     (0, 2**32): "steps warmup seed eval_tokens max_new_tokens",
-    (1, 2**32): "n_head n_embd n_positions batch_size seq_len grad_accum log_every eval_every "
-                "sample_every save_every num_samples top_k",
-    (1, 10000): "n_layer", (1, 256): "threads", (0.0, 1e38): "lr min_lr weight_decay grad_clip "
-                "temperature", (0.0, 0.99999): "beta1 beta2", (0.0, 1.0): "top_p"}
+    (1, 2**32): "batch_size seq_len grad_accum log_every eval_every sample_every save_every "
+                "num_samples top_k",
+    (1, 65536): "n_layer n_head n_embd n_positions", (1, 256): "threads",
+    (0.0, 1e38): "lr min_lr weight_decay grad_clip temperature",
+    (0.0, 0.99999): "beta1 beta2", (0.0, 1.0): "top_p"}
 
 
 def test_command_refuses_numbers_out_of_bounds():
@@ -1605,7 +1552,7 @@ def test_command_refuses_numbers_out_of_bounds():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--step 3", "unrecognized arguments: --step 3"), ("--seed=--", "--seed needs a value"),
+    ("--step 3", "unrecognized arguments: --step 3"),
     ("--model gpt2 --init_from m", "not allowed with argument"),
     ("--resume --model gpt2", "not allowed with argument"),
     ("--resume", "--resume: out has no checkpoint; give the run's folder as --out"),
@@ -1618,15 +1565,15 @@ def test_command_refuses_numbers_out_of_bounds():
     ("--init_from baby", "baby.{1,2}config.json'; check the path"),
     ("--init_from m --n_embd 32", "--n_embd 32 does not fit m, which has 16; leave it out"),
     ("--init_from m300", "m300 has another vocabulary; give the --tokenizer to use with it"),
-    ("--init_from m --tokenizer gpt2", "GPT-2's tokens need the package tiktoken .*pip install"),
-    ("--n_layer 1 --n_head 1 --n_embd 1000000 " + FILES,
-     "need 192,0[0-9,.]+ GB of memory, the system has [0-9,.]+; lower --n_layer")])
+    ("--init_from m --tokenizer gpt2", "GPT-2's tokens need tiktoken .*; pip install it"),
+    ("--n_layer 24 --n_head 1 --n_embd 65536 " + FILES,
+     "need 19,[0-9]{3}.[0-9] GB of memory, the system has [0-9,.]+; lower --n_layer")])
 def test_command_that_cannot_run_gets_one_line_and_changes_nothing(
         train, monkeypatch, capsys, arguments, message):
     saved_model("m", TINY_CONFIG)
     saved_model("m300", gpt2.GPTConfig(300, 16, 16, 1, 2))
     write_token_file("short.bin", range(64))
-    gpt2.write_file("out/log.csv", b"of another run")
+    gpt2.write_file("out/log.csv", [b"of another run"])
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # as if it were not installed
     monkeypatch.setattr(gpt2, "adamw", None)  # all this is known before a step is made
@@ -1725,15 +1672,14 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     processes = [start(PREPRO, "--text", path) for _ in range(2)]
     out, _ = [finish(process)[0] for process in processes]
     command = re.search("now run: python train_gpt2.py (.*)\n", out)[1]
-    command = shlex.split(command) if os.name == "posix" else [x.strip('"') for x in re.findall(
-        r'"[^"]*"|\S+', command)]
+    command = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
     assert command[4:] == ["--tokenizer", "byte", "--out", "out_my novel[1]"]
     assert train(command, "--steps 0 --prompt The --max_new_tokens 5") == 0
     assert re.search(r"^step 0 \| val loss 5\.\d{4}\nThe", capsys.readouterr().out, re.M)
     assert not Path(command[-1]).exists()
     path.write_text("another text")
     _, err = finish(start(PREPRO, "--text", path), 2)
-    assert "train.bin has the tokens of another text; remove it, or give this text's file" in err
+    assert "train.bin has the tokens of another text; remove it, or rename this text" in err
     ids = np.concatenate([gpt2.read_tokens(path, 257) for path in command[1:4:2]])
     assert gpt2.Tokenizer("byte").decode(ids) == text
 
@@ -1744,7 +1690,7 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     (PREPRO, "--text novel.txt", b"ab", "novel: 2 characters are too few; give more text"),
     (PREPRO, "", b"", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
      "tinyshakespeare/input.txt could not be downloaded: .*data.tinyshakespeare.txt"),
-    (PREPRO, "--tokenizer gpt2 --text novel.txt", b"ab", "GPT-2's tokens need the package"),
+    (PREPRO, "--tokenizer gpt2 --text novel.txt", b"ab", "GPT-2's tokens need tiktoken"),
     (TRAIN, "--init_from gpt2", b"", "https://.*/gpt2/.* could not be downloaded: .*hf download")])
 def test_prepro_without_what_it_needs_gets_one_line(tmp_path, program, arguments, content, message):
     """Run as scripts: train_gpt2.py must know the UserError of the module that prepro imports."""
@@ -1764,7 +1710,7 @@ def test_prepro_never_gives_another_text_the_name_of_tinyshakespeare(train, monk
     assert train("--resume --steps 2") == 0
     assert capsys.readouterr().out.count("pydoc_byte_train.bin\n") == 2
     text = b"Ein anderer Text. " * 99
-    gpt2.write_file("data/tinyshakespeare.txt", text)
+    gpt2.write_file("data/tinyshakespeare.txt", [text])
     with pytest.raises(gpt2.UserError, match=r"tinyshakespeare.txt is another text: its SHA-256"):
         prepro.tinyshakespeare()
     monkeypatch.setattr(prepro, "TEXT_SHA256", hashlib.sha256(text).hexdigest())
@@ -1774,9 +1720,9 @@ def test_prepro_never_gives_another_text_the_name_of_tinyshakespeare(train, monk
 def test_prepro_downloads_what_is_missing_of_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepro, "download", lambda url, path, advice: gpt2.write_file(
-        path, url.encode()))
+        path, [url.encode()]))
     folder = gpt2.find_model("gpt2-medium")
-    gpt2.write_file(folder / "config.json", b"kept")
+    gpt2.write_file(folder / "config.json", [b"kept"])
     os.remove(folder / "model.safetensors")
     assert gpt2.find_model("gpt2-medium") == folder == Path("data", "gpt2-medium")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
@@ -1814,6 +1760,8 @@ def test_prepro_download_appears_whole_or_says_why_not(tmp_path, monkeypatch, an
             prepro.download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "w", "by hand")
         server.shutdown()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if reason else [CONTENT])
+
+
 # ------------------------------------------------------------------------------------------------
 # The table: python test_gpt2.py
 
@@ -1833,7 +1781,7 @@ def compare(folder):
         for x in model.params.values():
             if x.ndim == 1:
                 x += 0.02 * rng.standard_normal(x.shape)
-    B, T = 1, min(256, model.config.n_positions)  # more than one block of queries
+    B, T = 1, min(256, model.config.n_positions)  # more than one chunk of queries
     print(f"{model.config}, B={B}, T={T}, float32; OK: within {tolerance:g} of the largest value\n"
           f"\n{'':28} {'shape':16} {'largest':>10} {'difference':>10} {'relative':>9}")
     batch = random_ids(model.config, B, T)
@@ -2046,7 +1994,7 @@ def bench(args):
 
 @pytest.mark.parametrize("beta2, decay, status", [(0.95, 0.1, 0), (0.99, 0.1, 1), (0.95, 0.0, 1)])
 def test_bench_has_status_1_if_our_optimizer_is_another(beta2, decay, status, monkeypatch, capsys):
-    """Also by the little that differs in 83 steps. Measured: XX, and XX and XX if wrong."""
+    """Also by the little that differs in 83 steps."""
     defaults = f"0.9, {beta2}, 1e-8, {decay}, 1.0"
     code = f"import train_gpt2; train_gpt2.GPT2.update.__defaults__ = {defaults}; "
     monkeypatch.setitem(WORKERS, "ours", code + WORKERS["ours"])

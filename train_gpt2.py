@@ -8,9 +8,6 @@
     python train_gpt2.py --model gpt2 --steps 10  # train the 124M model on GPT-2's own tokens
     python train_gpt2.py --help
 
-A network is a few flat arrays of numbers and, for every layer, one function that goes forward and
-one that goes backward.
-
 The task. A language model predicts the next token. A token is a byte of text, or a longer piece of
 a word; the program works with its number, the id. The network reads T tokens and gives, at every
 position, one score to each of the V tokens that may come next. These scores are called logits; the
@@ -21,28 +18,27 @@ targets, are the ids shifted by one position:
     ids      82  79  77  69  79
     targets  79  77  69  79  58
 
-The target of position 0 is at position 1 of the same input. The network must not see it: the scores
-at a position depend only on the tokens up to there. If they did not, the network would learn to
-copy the answer. Its loss would fall to almost 0, and it could not continue a text, because after
-the last token there is nothing to copy.
+The target of position 0 is the input at position 1. A network that could see it would learn to copy
+it: the loss would fall to almost 0, but after the last token of a text there is nothing to copy.
+Therefore the scores at a position depend only on the tokens up to there.
 
 The loss at a position is -log(probability of the target): how surprised the model is, in nats, the
 unit of the natural logarithm. Guessing among V tokens costs log V nats, 5.55 for the 257 tokens of
 the default run (256 bytes and an end-of-text token). Predicting from how often each byte occurs
-costs 3.35, from how often it follows the byte before it 2.49; the default run ends near 1.6.
+costs 3.35, from how often it follows the byte before it, 2.49; the default run ends near 1.6.
 
-Training computes the gradient of the mean loss, which tells how the loss changes with each
-parameter, and moves every parameter a small step downhill. It repeats this thousands of times, each
-time on different tokens.
+The numbers in the network that are learned are its parameters. Training computes the gradient of
+the mean loss, which tells how the loss changes with each parameter, and moves every parameter a
+small step downhill. It repeats this thousands of times, each time on a batch of other tokens.
 
-Letters, for the shapes of arrays:
+Letters, for the shapes of arrays (heads, blocks and layers are explained where they occur):
 
     B  sequences in a batch        C  channels: the numbers in the vector of a position
     T  tokens in a sequence        H  attention heads, each of D = C/H channels
     V  tokens in the vocabulary    L  blocks
     N  = B*T positions; row b*T + t is position t of sequence b
     K  outputs of a linear layer
-    S  positions that attention can read: T in training, more in sampling
+    S  positions that attention can read: T in training, T or more in sampling
 
 The network, with the shapes of what it computes:
 
@@ -60,34 +56,28 @@ The network, with the shapes of what it computes:
 
 The rules:
   - Gradients. dx is the gradient of the loss with respect to x, an array of the shape of x, with
-    dx_j = ∂loss/∂x_j. The letter d always means this; partial derivatives are written with ∂.
+    dx_j = ∂loss/∂x_j. A d before a name always means this; partial derivatives are written with ∂.
   - The chain rule. If a layer computes y from x, a change of x_j changes the loss through every y_i
     that depends on x_j, so
         dx_j = sum_i dy_i ∂y_i/∂x_j.
     A backward function computes dx from dy in this way.
-  - Functions write into arrays given to them: outputs first, then inputs, then weights. The large
-    arrays are therefore allocated once, and the same code runs in float32 or float64, depending on
-    the arrays.
+  - Functions write into arrays given to them: outputs first, then inputs, then weights. Large
+    arrays are therefore allocated once, and their type decides between float32 and float64.
   - An activation is an array that the network computes. A backward function overwrites the gradient
     of an activation, but adds to the gradient of a parameter: a parameter that is used more than
     once (in several positions, layers or batches) gets the sum of the gradients of all uses.
-  - All parameters live in one flat array; so do all gradients, and so does each of the optimizer's
-    two running averages. One table lists the names and shapes of the parameters; each parameter is
-    a view of its part of the flat array.
 
 Functions appear in the order in which data flows through them, up to the training loop and
-sampling. The rest supports the loop. Start at Layers; the imports can be skipped. test_gpt2.py
-compares every layer, the network and the optimizer with PyTorch.
+sampling. The rest supports the loop. Start at Layers; of the lines above it, read only the
+docstring of by_rows. test_gpt2.py compares every layer, the network and the optimizer with PyTorch.
 
-Sources: Ba et al. 2016, Layer Normalization
-    Bishop 2006, Pattern Recognition and Machine Learning
-    Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness
-    Hendrycks & Gimpel 2016, Gaussian Error Linear Units (GELUs)
-    Holtzman et al. 2020, The Curious Case of Neural Text Degeneration
-    Loshchilov & Hutter 2017, SGDR; 2019, Decoupled Weight Decay Regularization
-    Radford et al. 2018, Improving Language Understanding by Generative Pre-Training
-    Radford et al. 2019, Language Models are Unsupervised Multitask Learners
-    Vaswani et al. 2017, Attention Is All You Need
+Sources: Ba et al. 2016, Layer Normalization. Bishop 2006, Pattern Recognition and Machine Learning.
+Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness.
+Hendrycks & Gimpel 2016, Gaussian Error Linear Units. Holtzman et al. 2020, The Curious Case of
+Neural Text Degeneration. Loshchilov & Hutter 2017, SGDR; 2019, Decoupled Weight Decay
+Regularization. Radford et al. 2018, Improving Language Understanding by Generative Pre-Training;
+2019, Language Models are Unsupervised Multitask Learners. Vaswani et al. 2017, Attention Is All You
+Need.
 """
 import argparse
 import atexit
@@ -120,8 +110,8 @@ from typing import NamedTuple
 # restored, so that other libraries keep their settings.
 _names = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
           "VECLIB_MAXIMUM_THREADS"]
-_before = {name: os.environ[name] for name in _names if name in os.environ}
-if "numpy" in sys.modules and "1" not in _before.values():
+_before = dict(os.environ)
+if "numpy" in sys.modules and "1" not in map(_before.get, _names):
     print("train_gpt2: numpy was imported first, so the threads of its BLAS compete with ours and "
           "steps take up to twice as long; import train_gpt2 before numpy", file=sys.stderr)
 os.environ.update(dict.fromkeys(_names, "1"))
@@ -133,8 +123,7 @@ except ModuleNotFoundError:
     print("train_gpt2.py: error: NumPy is missing; pip install numpy", file=sys.stderr)
     sys.exit(2)
 np.ones((8, 8)) @ np.ones((8, 8))  # some BLAS libraries are loaded by the first product
-for _name in _names:
-    del os.environ[_name]
+os.environ.clear()
 os.environ.update(_before)
 
 
@@ -153,20 +142,16 @@ def by_rows(names, sums="", heads=False):
 
     Read a decorated function as if it got whole arrays: the result is the same. (How: see Threads.)
     `names` lists the arguments that are cut into blocks of rows, or of sequences and heads if
-    `heads` is true. `sums` lists arrays to which every block adds, such as dweight. All other
-    arguments are passed whole.
+    `heads` is true. `sums` lists arrays to which every block of rows adds, such as dweight. All
+    other arguments are passed whole.
     """
     def decorate(function):
-        signature = inspect.signature(function)
-        order = list(signature.parameters)
-        cut = [order.index(name) for name in names.split()]
-        summed = [order.index(name) for name in sums.split()]
+        order = inspect.getfullargspec(function).args
 
         @functools.wraps(function)
         def in_blocks(*args, **kwargs):
-            if kwargs:
-                args = signature.bind(*args, **kwargs).args
-            run_in_blocks(function, args, cut, summed, heads)
+            args = dict(zip(order, args), **kwargs)
+            run_in_blocks(function, args, names.split(), sums.split(), heads)
         return in_blocks
     return decorate
 
@@ -177,8 +162,8 @@ def by_rows(names, sums="", heads=False):
 # The embedding turns every token into a vector. wte (word token embedding) has one vector for each
 # token of the vocabulary, wpe (word position embedding) one for each position; both are parameters,
 # learned like all others. The position has to be in the vector because attention, the only layer
-# that reads other positions, compares their contents and does not know their places.
-
+# that reads other positions, compares their contents and does not know their places. Adding it
+# keeps the number of channels; training finds room for both in C numbers.
 def embedding_forward(out, ids, wte, wpe):
     """The vector of each token plus the vector of its position: out_bt = wte[ids_bt] + wpe_t.
 
@@ -186,8 +171,7 @@ def embedding_forward(out, ids, wte, wpe):
     Radford et al. 2018, equation 2.
     """
     B, T = ids.shape
-    # out = wte[ids] + wpe[:T]
-    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # the default mode would copy `out`
+    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # out[...] = wte[ids.ravel()], no copy
     by_sequence = out.reshape(B, T, -1)
     by_sequence += wpe[:T]
 
@@ -199,7 +183,6 @@ def embedding_forward(out, ids, wte, wpe):
 # `dwte[ids.ravel()] += dout` would be wrong without any error: when an id occurs twice, NumPy adds
 # only one of its gradients. np.add.at would be right, but sums of runs are faster: sort the
 # positions by id, sum each run of equal ids, and add every sum to its row.
-
 def embedding_backward(dwte, dwpe, dout, ids):
     """Add to dwte (V,C) and dwpe (T or more,C), from dout (N,C) and ids (B,T).
 
@@ -213,19 +196,18 @@ def embedding_backward(dwte, dwpe, dout, ids):
     """
     B, T = ids.shape
     dwpe[:T] += dout.reshape(B, T, -1).sum(axis=0)
-    order = np.argsort(ids, axis=None, kind="stable")
+    order = np.argsort(ids, axis=None, kind="stable")  # the same order of sums on every machine
     sorted_ids = ids.ravel()[order]
     starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))  # where the id changes
-    dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)
+    dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)  # sums of the runs
 
 
-# Layer normalization. The residual stream grows with every branch that adds to it; layernorm gives
-# every branch inputs of the same size.
-
+# Layer normalization. The numbers in the residual stream grow with every branch that adds to it;
+# layernorm gives every branch inputs of the same size.
 def normalize(x):
     """Shift each row of x (N,C) to mean 0, scale it to variance 1 -> xhat (N,C), rstd (N,1).
 
-    rstd is 1 over the standard deviation. 1e-5 keeps a constant row from dividing by 0.
+    xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + 1e-5); 1e-5 avoids a division by 0.
     """
     average = np.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)  # x @ average: means of rows,
     shifted = x - x @ average                                    # faster than x.mean()
@@ -235,10 +217,9 @@ def normalize(x):
 
 @by_rows("out inp")
 def layernorm_forward(out, inp, weight, bias):
-    """Layer normalization: normalize each row, then scale and shift each channel.
+    """Normalize each row, then scale and shift each channel: out = xhat * weight + bias.
 
-        out = xhat * weight + bias,    xhat = (inp - mean) * rstd,    rstd = 1 / sqrt(var + 1e-5)
-
+    weight and bias are learned: where another size or mean is better, training can restore it.
     inp (N,C), weight (C,), bias (C,) -> out (N,C). Ba et al. 2016, equation 4.
     """
     xhat, _ = normalize(inp)
@@ -269,10 +250,8 @@ def layernorm_forward(out, inp, weight, bias):
 #
 #     dx_j = rstd (dxhat_j - avg(dxhat) - xhat_j avg(dxhat xhat))
 #
-# with one term for each of the three ways. Adding a number to the whole row leaves xhat as it is,
-# and so does (but for eps) scaling the deviations from the mean. The loss does not change along
-# these two directions; dx is therefore orthogonal to both: sum_j dx_j = 0, sum_j dx_j xhat_j = 0.
-
+# with one term for each of the three ways. Moving x along (1, ..., 1) or along xhat leaves xhat as
+# it is (but for eps), so dx is orthogonal to both (a check): sum_j dx_j = sum_j dx_j xhat_j = 0.
 @by_rows("dinp dout inp", sums="dweight dbias")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C), which may be the array dout; add to dweight (C,) and dbias (C,).
@@ -294,7 +273,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight):
     average = np.full((C, 1), 1 / C, inp.dtype)
     ones = np.ones(N, inp.dtype)
     xhat, rstd = normalize(inp)
-    dweight += ones @ (dout * xhat)  # the sum over the rows
+    dweight += ones @ (dout * xhat)  # ones @: the sum over the rows, faster than sum(axis=0)
     dbias += ones @ dout
     dxhat = dout * weight
     dinp[...] = rstd * (dxhat - dxhat @ average - xhat * ((dxhat * xhat) @ average))
@@ -322,7 +301,6 @@ def add_bias(out, bias):
 #     dinp_nc = sum_k dout_nk weight_ck           as a matrix product, dinp = dout @ weight^T
 #     dweight_ck = sum_n inp_nc dout_nk           dweight = inp^T @ dout
 #     dbias_k = sum_n dout_nk
-
 def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C); add to dweight (C,K) and to dbias (K,), if that is not None.
 
@@ -345,7 +323,7 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     """
     matmul(dinp, dout, weight.T)
     matmul(dweight, inp.T, dout, add=True)  # dweight += inp.T @ dout
-    if dbias is not None:  # dbias += dout.sum(axis=0), as a product with a row of ones
+    if dbias is not None:  # dbias += dout.sum(axis=0), as a product, which threads divide
         matmul(dbias.reshape(1, -1), np.ones((1, len(dout)), dout.dtype), dout, add=True)
 
 
@@ -363,12 +341,12 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
 #
 # Why sqrt(D)? q · k is a sum of D products. If their factors are independent, with mean 0 and
 # variance 1, the sum has variance D; divided by sqrt(D), scores have the same size for any D. With
-# large scores, softmax would begin with almost all the weight on one key, where its derivative,
-# att_s ([s=r] - att_r), is almost 0 (see below).
+# large scores, training would begin with almost all the weight on one key. There ∂att_s/∂score_r =
+# att_s ([s=r] - att_r), derived below, is almost 0 (att is near 0 or 1), and q and k hardly learn.
 #
 # The causal mask sets score_ts to minus infinity for s > t, so att_ts = 0 there: no position sees
-# its target, and one pass through the network trains all T predictions. Here is the matrix att of
-# a head of the default run that attends to the previous byte ("." is masked):
+# its target, in any block, and one pass through the network trains all T predictions. Here is the
+# matrix att of a head of the default run that attends to the previous byte ("." is masked):
 #
 #     query \ key    R     O     M     E     O     :
 #         R         1.00   .     .     .     .     .
@@ -384,28 +362,28 @@ def causal_mask(n):
     return np.triu(np.full((n, n), -np.inf, np.float32), 1)
 
 
-def score_blocks(q, k):
-    """Step 1 with the mask, in blocks of n queries: yields (queries, keys, scores).
+def score_chunks(q, k):
+    """Step 1 with the mask, for n queries at a time: yields (queries, keys, scores).
 
-    `queries` and `keys` are slices of positions; scores (B,H,n,number of keys). A single block of
-    all queries would be simpler; with S = T it is
+    `queries` is a slice of the T queries, `keys` of the S keys; scores (B,H,n,number of keys). All
+    queries at once would be simpler; with S = T that is
 
         scores = q @ k.swapaxes(2, 3) / sqrt(D) + causal_mask(T)      (B,H,T,T)
 
-    The queries are the last T of the S positions: query i stands at position S - T + i. A block
-    needs only the keys up to its last query. Smaller blocks skip more of the masked keys; larger
-    blocks run faster.
+    The queries are the last T of the S positions: query i stands at position S - T + i. A chunk
+    needs only the keys up to its last query. Smaller chunks skip more of the masked keys; larger
+    chunks run faster.
     """
     T, S = q.shape[2], k.shape[2]
     scale = 1 / math.sqrt(q.shape[3])
-    size = max(64, T // 8)
+    size = max(64, T // 8)  # measured to be fast
     for start in range(0, T, size):
         stop = min(start + size, T)
         queries = slice(start, stop)
         keys = slice(0, S - T + stop)
         scores = (q[:, :, queries] * scale) @ k[:, :, keys].swapaxes(2, 3)
         n = stop - start
-        scores[..., -n:] += causal_mask(n)  # all queries of the block see the keys before these
+        scores[..., -n:] += causal_mask(n)  # all queries of the chunk see the keys before these
         yield queries, keys, scores
 
 
@@ -413,7 +391,7 @@ def score_blocks(q, k):
 def attention_forward(out, lse, q, k, v):
     """Causal attention: out_t = sum_s softmax_s(q_t · k_s / sqrt(D)) v_s over the s up to t.
 
-    q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). S = T in training; S > T in
+    q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). S = T in training; S >= T in
     sampling, where the keys and values of earlier positions are kept in an array, the KV cache. The
     backward pass needs lse_t = log(sum_s exp(score_ts)), called log-sum-exp: with it,
     att_ts = exp(score_ts - lse_t) can be recomputed. Every head therefore keeps T numbers instead
@@ -432,7 +410,7 @@ def attention_forward(out, lse, q, k, v):
     >>> out.ravel().round(3)
     array([3., 5.])
     """
-    for queries, keys, att in score_blocks(q, k):
+    for queries, keys, att in score_chunks(q, k):  # att holds the scores, then their exponentials
         # att = softmax(scores);  lse = log(sum(exp(scores)));  out = att @ v
         row_max = att.max(axis=-1, keepdims=True)
         att -= row_max  # softmax stays the same; the largest exponential is exp(0): no overflow
@@ -445,7 +423,7 @@ def attention_forward(out, lse, q, k, v):
 def attention_weights(q, k, lse):
     """The whole matrices att (B,H,T,S) of attention_forward, to look at (see the README)."""
     att = np.zeros((*q.shape[:3], k.shape[2]), q.dtype)
-    for queries, keys, scores in score_blocks(q, k):
+    for queries, keys, scores in score_chunks(q, k):
         att[:, :, queries, keys] = np.exp(scores - lse[:, :, queries])
     return att
 
@@ -454,18 +432,17 @@ def attention_weights(q, k, lse):
 #
 #     3. out_td = sum_s att_ts v_sd is a matrix product, as in the linear layer:
 #            datt_ts = sum_d dout_td v_sd,    dv_sd = sum_t att_ts dout_td
-#     2. In row t, let e_s = exp(score_s) and Z = sum_r e_r, so att_s = e_s / Z. Since
+#     2. In row t, let e_s = exp(score_s) and Z = sum_i e_i, so att_s = e_s / Z. Since
 #        ∂e_s/∂score_r = [s=r] e_s and ∂Z/∂score_r = e_r, the quotient rule gives
 #            ∂att_s/∂score_r = ([s=r] e_s Z - e_s e_r) / Z^2 = att_s ([s=r] - att_r)
 #            dscore_r = sum_s datt_s ∂att_s/∂score_r = att_r (datt_r - sum_s datt_s att_s)
-#        The sum is the same for all r of a row; call it delta. It is cheaper to get from out:
+#        The sum is the same for all r of a row; call it delta. out gives it from D, not S, terms:
 #            delta = sum_s datt_s att_s = sum_s sum_d dout_d v_sd att_s = sum_d dout_d out_d
 #     1. score_ts = sum_d q_td k_sd / sqrt(D) is a matrix product again:
 #            dq_td = sum_s dscore_ts k_sd / sqrt(D),    dk_sd = sum_t dscore_ts q_td / sqrt(D)
 #
 # The causal mask is added again where the scores are recomputed. It needs no other line: a masked
 # score has att = 0, and so dscore = 0.
-
 @by_rows("dq dk dv dout out lse q k v", heads=True)
 def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
     """Write dq (B,H,T,D), dk and dv (B,H,S,D); dout (B,H,T,D), the rest as in attention_forward.
@@ -488,7 +465,7 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
     scale = 1 / math.sqrt(q.shape[3])
     dk[...] = 0
     dv[...] = 0
-    for queries, keys, att in score_blocks(q, k):
+    for queries, keys, att in score_chunks(q, k):
         q_, dout_, out_, lse_ = (x[:, :, queries] for x in (q, dout, out, lse))
         att -= lse_
         np.exp(att, out=att)
@@ -507,9 +484,9 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
 # layers would collapse into a single one.
 #
 # GELU is x times the probability that a standard normal number is below x. GPT-2 approximates it as
-# x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). The sigmoid function
-# s(z) = 1 / (1 + exp(-z)) equals (1 + tanh(z/2)) / 2, so this is x s(z) with
-# z = 2u = x (GELU_1 + GELU_3 x^2): the same function, with one exponential instead of a tanh.
+# x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). As tanh(u) = (1 - exp(-2u)) /
+# (1 + exp(-2u)), this is x s(z) with the sigmoid function s(z) = 1 / (1 + exp(-z)) and
+# z = 2u = x (GELU_1 + GELU_3 x^2).
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
@@ -523,7 +500,7 @@ def gelu_denominator(x):
 
 @by_rows("out inp")
 def gelu_forward(out, inp):
-    """GELU passes large positive inputs almost unchanged, large negative ones hardly. out = x s(z).
+    """out = x s(z): large positive inputs hardly change, large negative ones become almost 0.
 
     inp (N,K) -> out (N,K). Hendrycks & Gimpel 2016, section 2, in the tanh form.
     """
@@ -534,13 +511,12 @@ def gelu_forward(out, inp):
 # 1 - s = exp(-z) / (1 + exp(-z)). By the product rule
 #
 #     ∂out/∂x = s + x s (1 - s) ∂z/∂x = s (1 + (1 - s) x ∂z/∂x),    ∂z/∂x = GELU_1 + 3 GELU_3 x^2
-
 @by_rows("dinp dout inp")
 def gelu_backward(dinp, dout, inp):
     """Write dinp (N,K), which may be the array dout: dinp = dout * ∂out/∂x.
 
     At x = 0, ∂out/∂x = s = 1/2. At -x, z becomes -z and s becomes 1 - s; therefore
-    out(1) - out(-1) = 1, and the slopes at 1 and -1 add up to 1:
+    out(x) - out(-x) = x, and the slopes at x and -x add up to 1:
 
     >>> inp = np.array([[-1., 0., 1.]])
     >>> out = np.empty((1, 3))
@@ -557,7 +533,7 @@ def gelu_backward(dinp, dout, inp):
 
 @by_rows("losses lse logits targets")
 def crossentropy_forward(losses, lse, logits, targets):
-    """Cross-entropy: the surprise -log(softmax(logits)_target) at every position, in nats.
+    """Cross-entropy, the loss: -log(softmax(logits)_target) at every position, in nats.
 
     logits (N,V), targets (N,) -> losses (N,), and for the backward pass lse (N,1). With
     lse = log(sum_j exp(logits_j)), softmax_j = exp(logits_j - lse), so the loss is
@@ -567,7 +543,7 @@ def crossentropy_forward(losses, lse, logits, targets):
     shifted = logits - row_max  # the largest exponential is exp(0): none overflows
     target = shifted[np.arange(len(targets)), targets]
     log_sum = np.log(np.exp(shifted, out=shifted).sum(axis=1, keepdims=True))
-    losses[...] = log_sum[:, 0] - target
+    losses[...] = log_sum[:, 0] - target  # row_max cancels
     lse[...] = log_sum + row_max
 
 
@@ -577,13 +553,11 @@ def crossentropy_forward(losses, lse, logits, targets):
 # the derivative of the mean loss with respect to the loss at this position,
 #
 #     dlogits_j = dloss (probs_j - [j=target])
-
 @by_rows("dlogits lse logits targets")
 def crossentropy_backward(dlogits, dloss, lse, logits, targets):
-    """Write dlogits (N,V), which may be the array logits. dloss is a number, the same for all rows.
+    """Write dlogits (N,V), which may be the array logits. dloss is a number: 1/N for a mean of N.
 
-    It is 1/N if the loss is the mean over N positions. Here N = 1. Logits 0, log 2, 0 give the
-    probabilities 1/4, 1/2, 1/4; a target of probability 1/2 costs log 2:
+    Logits 0, log 2, 0 give probabilities 1/4, 1/2, 1/4; a target of probability 1/2 costs log 2:
 
     >>> logits = np.array([[0., np.log(2), 0.]])
     >>> target = np.array([1])
@@ -603,33 +577,26 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 
 # ------------------------------------------------------------------------------------------------
 # The block and the network. `a` has the activations of a block:
-#
-#     x, out      (N,C)      the residual stream before and after the block
-#     x_mid       (N,C)      the residual stream between the two branches
-#     ln_1, ln_2  (N,C)      output of the first and second layernorm
-#     qkv         (N,3C)     queries, keys and values: in each row first q, then k, then v, and in
-#                            each of them head after head; q, k, v (B,H,T,D) are its views
-#     lse         (B,H,T,1)  log-sum-exp of attention
-#     attended    (N,C)      output of attention, head after head; heads (B,H,T,D) is its view
-#     hidden      (N,4C)     the MLP between its two linear layers (4 is GPT-2's choice)
-#     gelu        (N,4C)     GELU of hidden
-#
+#     x, x_mid, out  (N,C)      the residual stream before, between and after the two branches
+#     ln_1, ln_2     (N,C)      output of the first and second layernorm
+#     qkv            (N,3C)     in each row first q, then k, then v; in each of these, the D numbers
+#                               of head after head; q, k, v (B,H,T,D) are its views
+#     lse            (B,H,T,1)  log-sum-exp of attention
+#     attended       (N,C)      output of attention, head after head; heads (B,H,T,D) is its view
+#     hidden, gelu   (N,4C)     the MLP before and after GELU (4 is GPT-2's choice)
 # and, for the backward pass, arrays shared by all blocks:
-#
-#     dx          (N,C)      gradient of the residual stream; each branch adds to it
-#     dbranch     (N,C)      gradient of each array (N,C) of a branch in turn; dheads is its view
-#     dhidden     (N,4C)     gradient of gelu, then of hidden
-#     dqkv        (N,3C)     gradient of qkv; dq, dk, dv are its views
+#     dx             (N,C)      gradient of the residual stream; each branch adds to it
+#     dbranch        (N,C)      gradient of each array (N,C) of a branch in turn; dheads is its view
+#     dhidden        (N,4C)     gradient of gelu, then of hidden
+#     dqkv           (N,3C)     gradient of qkv; dq, dk, dv are its views
 #
 # `p` has the parameters of a block and `g` their gradients, both under GPT-2's names; each layer is
 # a pair (weight, bias). attn.c_attn makes queries, keys and values; attn.c_proj mixes the heads;
 # mlp.c_fc widens C to 4C; mlp.c_proj goes back to C.
-
 def block_forward(a, p, cache=None):
     """One block, a.x -> a.out. With a KV cache (B,2,H,S,D), attention uses its keys and values too.
 
-    The layernorms are inside the branches, so the path from out back to x is a plain sum. Radford
-    et al. 2019, section 2.3.
+    Radford et al. 2019, section 2.3.
     """
     layernorm_forward(a.ln_1, a.x, *p.ln_1)                   # (N,C)
     linear_forward(a.qkv, a.ln_1, *p.attn.c_attn)             # (N,3C)
@@ -648,16 +615,16 @@ def block_forward(a, p, cache=None):
     a.out += a.x_mid
 
 
-# A branch computes out = x + f(x), so ∂out_i/∂x_j = [i=j] + ∂f_i/∂x_j, and the chain rule gives
-# dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of the output, plus what comes back through
-# the branch. Because of the first term, the gradient of the last out reaches every block as it is.
-# Without it, the gradient would be multiplied by 2L matrices ∂f/∂x, one after another, and would
-# shrink or grow exponentially. In the code, dx is one array for the whole residual stream.
-
+# A branch f, with its layernorm inside, gives out = x + f(x). So ∂out_i/∂x_j = [i=j] + ∂f_i/∂x_j,
+# and dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of out, plus what comes back through the
+# branch. The first term, which a layernorm outside the branch would change, brings every block the
+# gradient of the last out. Without it, the gradient would be multiplied by 2L matrices ∂f/∂x, one
+# after another, and would shrink or grow exponentially. In the code, one array dx takes all these
+# values.
 def block_backward(g, a, p):
     """Turn a.dx (N,C), the gradient of a.out, into that of a.x; add to the gradients g.
 
-    At the end of each line: the array whose gradient it computes.
+    At the end of each line: the array whose gradient it computes (x_mid, x: the branch's part).
     """
     linear_backward(a.dhidden, *g.mlp.c_proj, a.dx, a.gelu, p.mlp.c_proj.weight)     # gelu
     gelu_backward(a.dhidden, a.dhidden, a.hidden)                                    # hidden
@@ -672,16 +639,11 @@ def block_backward(g, a, p):
 
 
 # The network: embedding, blocks, a last layernorm, and a linear layer that gives the logits. That
-# layer uses the embedding as its weights, logits = ln_f @ wte.T (tied weights): a token gets a high
-# logit if ln_f points in the direction of the token's own vector. A block's out is the next block's
-# x, the same array. `a` has the list of the blocks' activations, a.h, and besides
-#
-#     x, out (N,C)      x of the first block, out of the last
-#     ln_f   (N,C)      output of the last layernorm
-#     logits (N,V)      in the backward pass, their gradient overwrites this largest array
-#     lse, losses       (N,1) and (N,), of cross-entropy
-#     dx     (N,C)      the array shared by the blocks
-
+# layer uses the embedding as its weights, logits = ln_f @ wte.T (the weights are tied, saving V*C
+# parameters): a token gets a high logit if ln_f points in the direction of the token's own vector.
+# `a` has the list a.h of the blocks' activations (a block's out is the next block's x, the same
+# array), x of the first block and out of the last, ln_f (N,C), logits (N,V), lse (N,1) and losses
+# (N,) of cross-entropy, and the shared dx.
 def network_forward(a, p, ids, targets=None, cache=None):
     """ids (B,T) -> a.logits (N,V), and with targets (B,T) also a.losses (N,).
 
@@ -697,14 +659,14 @@ def network_forward(a, p, ids, targets=None, cache=None):
         crossentropy_forward(a.losses, a.lse, a.logits, targets.ravel())             # (N,)
 
 
-# wte is used twice, so it receives two gradients: one from the logits, when the backward pass
-# starts, and one from the embedding, when it ends.
-
 def network_backward(g, a, p, ids, targets, dloss):
-    """Add to the gradients g. dloss = ∂(mean loss)/∂(loss of one position), as in cross-entropy."""
+    """Add to the gradients g. wte gets two gradients, one from each of its uses.
+
+    dloss is the derivative of the mean loss with respect to the loss at one position.
+    """
     wte = p.wte.weight
-    dwte = g.wte.weight
-    dlogits = a.logits
+    dwte = g.wte.weight  # and dwte.T is a view of it
+    dlogits = a.logits  # the largest array is overwritten
     crossentropy_backward(dlogits, dloss, a.lse, a.logits, targets.ravel())          # (N,V)
     linear_backward(a.dx, dwte.T, None, dlogits, a.ln_f, wte.T)                      # (N,C)
     layernorm_backward(a.dx, *g.ln_f, a.dx, a.out, p.ln_f.weight)                    # (N,C)
@@ -717,9 +679,10 @@ def network_backward(g, a, p, ids, targets, dloss):
 # The optimizer. Plain gradient descent moves every parameter against its gradient, p = p - lr g,
 # where lr is the learning rate (in this section p is one parameter and g its gradient). AdamW keeps
 # two running averages for every parameter, called moments: m of its gradient, which smooths the
-# noise of single batches, and v of the gradient's square, which tells its usual size. Dividing m by
-# sqrt(v) makes steps of about lr whatever the size of the gradients, so one learning rate serves
-# all parameters; eps avoids a division by 0. In step t = 1, 2, ...:
+# noise of single batches, and v of the gradient's square, which tells its usual size. A gradient k
+# steps old has weight beta^k relative to the newest, so an average covers about sum_k beta^k =
+# 1 / (1 - beta) steps. Dividing m by sqrt(v) makes steps of about lr whatever the size of the
+# gradients, so one lr serves all parameters; eps avoids a division by 0. In step t = 1, 2, ...:
 #
 #     m = beta1 m + (1 - beta1) g          mhat = m / (1 - beta1^t)
 #     v = beta2 v + (1 - beta2) g^2        vhat = v / (1 - beta2^t)
@@ -727,15 +690,14 @@ def network_backward(g, a, p, ids, targets, dloss):
 #
 # m and v start at 0, so at first they are too small. With the same g in every step, m would be
 # (1 - beta1) (1 + beta1 + ... + beta1^(t-1)) g = (1 - beta1^t) g. mhat divides by that factor, and
-# vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0; only parameters that the data keep
-# pushing away stay large. The code works on m and v directly: with root = sqrt(1 - beta2^t),
-# sqrt(vhat) = sqrt(v) / root, and so
+# vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0. Only parameters that the data keep
+# pushing stay large, so accidents of single texts leave few traces. The code works on m and v
+# directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
 #
 #     lr mhat / (sqrt(vhat) + eps) = rate m / (sqrt(v) + root eps),   rate = lr root / (1 - beta1^t)
-
 @by_rows("params m v grads")
 def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
-    """Update params, m and v (n,) in place with g = clip * grads, then set grads to 0.
+    """Update params, m and v (n,) with g = clip * grads (see GPT2.update), then set grads to 0.
 
     Loshchilov & Hutter 2019, algorithm 2, but lr multiplies the decay, too, as in PyTorch. In step
     1 mhat = g and vhat = g^2, so every parameter moves by lr, however large its gradient is (here
@@ -763,7 +725,8 @@ def learning_rate(step, steps, warmup, lr, min_lr):
     """The learning rate of a step in 1..steps: a line up to lr, then half a cosine down to min_lr.
 
     The line up is the warm-up. AdamW's first steps would be full-sized even though m and v are then
-    estimated from only a few batches, so lr starts small. Loshchilov & Hutter 2017, equation 5.
+    estimated from only a few batches, so lr starts small. Toward the end, small steps average out
+    the noise of single batches. Loshchilov & Hutter 2017, equation 5.
 
     >>> [round(learning_rate(step, 100, 20, 1.0, 0.2), 9) for step in (1, 10, 20, 60, 100)]
     [0.05, 0.5, 1.0, 0.6, 0.2]
@@ -775,24 +738,24 @@ def learning_rate(step, steps, warmup, lr, min_lr):
 
 
 # ------------------------------------------------------------------------------------------------
-# The model: a table of names and shapes, and flat arrays that hold all numbers.
+# The model: a table of names and shapes, and one flat array each for the parameters, gradients, m
+# and v, so that one call updates, sums or saves all of them. Each parameter is a view of its part.
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
+    vocab_size: int = 50257  # V
+    n_positions: int = 1024  # the largest T
+    n_embd: int = 768  # C
+    n_layer: int = 12  # L
+    n_head: int = 12  # H
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            require(type(value) is int and 0 < value < 2**32,
-                    f"{name} is {value!r:.20}; it must be a whole number above 0, below 2^32")
-        require(self.n_layer <= 10000, f"n_layer is {self.n_layer}; at most 10000 are possible")
-        require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} does not divide into n_head "
-                f"{self.n_head} heads; choose a multiple")
+            require(type(value) is int and 0 < value <= 65536,
+                    f"{name} is {value!r:.20}; it must be a whole number from 1 to 65536")
+        require(self.n_embd % self.n_head == 0,
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; choose a multiple")
 
 
 def parameter_table(config):
@@ -801,15 +764,12 @@ def parameter_table(config):
     Matrices come first, so that they form one slice: AdamW's weight decay is for matrices only.
     """
     C = config.n_embd
+    block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+             "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    layers = {f"h.{i}.{name}": block[name] for i in range(config.n_layer) for name in block}
     table = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_positions, C)}
-    for h in (f"h.{i}" for i in range(config.n_layer)):
-        table |= {f"{h}.ln_1.weight": (C,), f"{h}.ln_1.bias": (C,),
-                  f"{h}.attn.c_attn.weight": (C, 3 * C), f"{h}.attn.c_attn.bias": (3 * C,),
-                  f"{h}.attn.c_proj.weight": (C, C), f"{h}.attn.c_proj.bias": (C,),
-                  f"{h}.ln_2.weight": (C,), f"{h}.ln_2.bias": (C,),
-                  f"{h}.mlp.c_fc.weight": (C, 4 * C), f"{h}.mlp.c_fc.bias": (4 * C,),
-                  f"{h}.mlp.c_proj.weight": (4 * C, C), f"{h}.mlp.c_proj.bias": (C,)}
-    table |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for name, shape in (layers | {"ln_f": (C,)}).items():
+        table |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
     return dict(sorted(table.items(), key=lambda item: -len(item[1])))  # 2 dimensions before 1
 
 
@@ -833,13 +793,13 @@ class Layer(NamedTuple):
 def by_layer(arrays):
     """{"h.0.ln_1.weight": w, "h.0.ln_1.bias": b, ...} -> p, where p.h[0].ln_1 is Layer(w, b)."""
     p = SimpleNamespace()
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in arrays):
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in arrays):  # each layer once
         *path, last = name.split(".")
         place = p
         for part in path:
             place = vars(place).setdefault(part, SimpleNamespace())
         setattr(place, last, Layer(arrays[f"{name}.weight"], arrays.get(f"{name}.bias")))
-    p.h = list(vars(p.h).values())
+    p.h = list(vars(p.h).values())  # it had the names "0", "1", ...
     return p
 
 
@@ -874,18 +834,9 @@ class GPT2:
     """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
 
     params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table.
-    A batch is processed in at most n_shards shards. Sequences interact only through the sum of
-    their gradients, so in small models each thread takes some of the sequences (a shard) through
-    the whole network, with activations and gradients of its own; large models have a single shard.
-    seed=None leaves the parameters uninitialized.
-
-    >>> model = GPT2(GPTConfig(vocab_size=5, n_positions=4, n_embd=6, n_layer=1, n_head=2))
-    >>> for step in range(30):
-    ...     loss = model.forward([[0, 1, 2]], targets=[[1, 2, 3]])
-    ...     model.backward()
-    ...     norm = model.update(lr=0.1)
-    >>> model.forward([[0, 1, 2]]).argmax(axis=-1)
-    array([[1, 2, 3]])
+    seed=None leaves the parameters uninitialized. n_shards may be set to more than 1: sequences
+    interact only through the sum of their gradients. If products are too small to divide, a thread
+    takes a shard of the batch through the whole network, with its own activations and gradients.
     """
 
     def __init__(self, config, dtype=np.float32, seed=1337):
@@ -906,16 +857,16 @@ class GPT2:
         self.p = by_layer(self.params)
         self.shape, self.shards = None, []  # of the activations
         self.batch = None  # (ids, targets) between forward() and backward()
-        self.unfinished = False  # true while gradients change, and if an exception interrupts it
+        self.unfinished = False  # true while gradients change; stays true after an exception
 
     def _initialize(self, rng):
         for name, param in self.params.items():
             if param.ndim == 1:  # layernorm's weights are 1, biases 0
                 param[...] = 1 if name.endswith(".weight") else 0
             else:
-                # 0.02 is GPT-2's. The residual stream adds up the results of 2L branches, each
-                # ending in a c_proj. Variances of independent numbers add, so the sum is sqrt(2L)
-                # times as large as one of them; c_proj's weights are divided by sqrt(2L).
+                # Random, as equal channels would stay equal; 0.02 is GPT-2's. The residual stream
+                # adds up 2L branches, each ending in a c_proj. Variances of independent numbers
+                # add, so the sum is sqrt(2L) times one branch: c_proj's weights are divided by it.
                 rng.standard_normal(dtype=param.dtype, out=param)
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
@@ -936,23 +887,14 @@ class GPT2:
 
     def save_pretrained(self, folder):
         """Write the files that transformers.GPT2LMHeadModel.from_pretrained reads."""
-        folder = Path(folder)
-        last = self.config.vocab_size - 1
-        config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(self.config),
-                  "bos_token_id": last, "eos_token_id": last}
-        limit = {"max_length": self.config.n_positions}  # for transformers' pipeline
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-        write_file(folder / "generation_config.json", json.dumps(limit).encode())
-        write_tensors(folder / "model.safetensors",
-                      {f"transformer.{name}": x for name, x in self.params.items()})
+        write_model(folder, self)
 
     def _checked(self, ids, name="ids"):
         """A copy of ids (B,T), if they are tokens that this model knows; otherwise UserError."""
         ids = np.asarray(ids)
         V, context = self.config.vocab_size, self.config.n_positions
         require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu" and ids.shape[1] <= context,
-                f"{name} must be whole numbers of shape (B,T) with T from 1 to {context}, not "
-                f"{ids.dtype} {ids.shape}")
+                f"{name} must be integers (B,T), T in 1..{context}, not {ids.dtype} {ids.shape}")
         require(0 <= ids.min() and ids.max() < V,
                 f"{name} are in {ids.min()}..{ids.max()}, outside the vocabulary of {V} tokens")
         return ids.astype(np.intp)
@@ -961,7 +903,7 @@ class GPT2:
         """Allocate activations, and gradients for all shards but the first, which uses ours."""
         self.shape, self.shards = None, []  # frees the old ones first
         shards = []
-        for sequences in split(B, self.n_shards):
+        for sequences in split(B, self.n_shards):  # slices of about the same size
             grads = np.zeros_like(self.flat_grads) if shards else self.flat_grads
             shards.append(SimpleNamespace(
                 sequences=sequences, flat_grads=grads,
@@ -984,18 +926,18 @@ class GPT2:
         if self.shape != (*ids.shape, self.n_shards):
             self._make_shards(*ids.shape)
 
-        def forward(shard):
+        def forward_shard(shard):
             network_forward(shard.a, self.p, *(
                 None if x is None else x[shard.sequences] for x in (ids, targets, cache)))
-        parallel(forward, self.shards)  # forward(shard) for every shard
+        parallel(forward_shard, self.shards)  # forward_shard(shard) for every shard
         if targets is None:
             logits = np.concatenate([shard.a.logits for shard in self.shards])
             return logits.reshape(*ids.shape, -1)
         self.batch = ids, targets
         return float(np.concatenate([shard.a.losses for shard in self.shards]).mean())
 
-    def backward(self, dloss=1.0):
-        """Add dloss times the gradient of forward()'s loss to grads, which update() sets to 0.
+    def backward(self, factor=1.0):
+        """Add factor times the gradient of forward()'s loss to grads, which update() sets to 0.
 
         Raises UserError unless a forward(ids, targets) came before, one for each backward().
         """
@@ -1005,12 +947,12 @@ class GPT2:
             self.flat_grads[...] = 0
         self.unfinished = True
 
-        def backward(shard):
+        def backward_shard(shard):
             if shard.flat_grads is not self.flat_grads:
                 shard.flat_grads[...] = 0
             rows = shard.sequences
-            network_backward(shard.g, shard.a, self.p, ids[rows], targets[rows], dloss / ids.size)
-        parallel(backward, self.shards)
+            network_backward(shard.g, shard.a, self.p, ids[rows], targets[rows], factor / ids.size)
+        parallel(backward_shard, self.shards)
         for shard in self.shards[1:]:
             add(self.flat_grads, shard.flat_grads)
         self.unfinished = False
@@ -1019,14 +961,14 @@ class GPT2:
         """One step of AdamW, after which grads are 0; returns their global norm before clipping.
 
         The global norm is the length of all gradients as one vector. If it is above grad_clip, the
-        gradients are scaled down to that length, so that one unusual batch cannot move the
-        parameters far; grad_clip=0 never does this. Matrices decay; biases and layernorm's weights
-        do not, as is the custom: they are few, and 0 is not a natural value for a scale. If the
-        norm is not finite, only the gradients change: they are set to 0.
+        gradients are scaled down to that length, so that one unusual batch cannot dominate the
+        moments, and with them the next steps; grad_clip=0 never does this. Matrices decay; biases
+        and layernorm's weights do not, as is the custom: they are few, and 0 is not a natural value
+        for a scale. A norm of inf or nan would spoil all parameters: then grads become 0, no more.
         """
         self.unfinished = True
         total = np.zeros(1)
-        add_squares(total, self.flat_grads)
+        add_squares(total, self.flat_grads)  # total += the sum of their squares
         norm = math.sqrt(total[0])
         if not math.isfinite(norm):
             self.flat_grads[...] = 0
@@ -1040,18 +982,6 @@ class GPT2:
         self.step += 1
         self.unfinished = False
         return norm
-
-
-@by_rows("total part")
-def add(total, part):
-    """Add part (n,) to total (n,)."""
-    total += part
-
-
-@by_rows("flat", sums="total")
-def add_squares(total, flat):
-    """Add the sum of flat (n,) ** 2 to total (1,)."""
-    total += np.dot(flat, flat)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1076,7 +1006,7 @@ def train(model, tokens, steps, B, T, schedule, rng, grad_accum=1, share=lambda 
     >>> tokens = np.array([0, 1, 2, 3] * 20)
     >>> rng = np.random.default_rng(0)
     >>> steps = [*train(model, tokens, 100, B=8, T=4, schedule=lambda step: 0.03, rng=rng)]
-    >>> bool(1.5 < steps[0][1] < 1.7 and steps[-1][1] < 0.1)  # log 5 = 1.61
+    >>> bool(1.5 < steps[0][1] < 1.7 and steps[-1][1] < 0.1)  # log 5 = 1.61; 0123 repeats
     True
     """
     for step in range(model.step + 1, steps + 1):
@@ -1095,17 +1025,16 @@ def train(model, tokens, steps, B, T, schedule, rng, grad_accum=1, share=lambda 
 # ------------------------------------------------------------------------------------------------
 # Sampling: draw a token from the predicted probabilities, append it to the text, predict again.
 # Keys and values of earlier positions do not change when a token is appended, because the causal
-# mask hides it from them. They are therefore kept, in the KV cache, and only the new token passes
-# through the network.
+# mask hides the new token from them. They are therefore kept, in the KV cache, and only the new
+# token passes through the network.
 
 def sample(logits, temperature, top_k, top_p, rng):
     """Draw the next token for each row: logits (B,V) -> ids (B,).
 
     The probabilities are softmax(logits / temperature): below 1, temperature favours likely tokens
-    more, and 0 always takes the most likely one. top_k keeps the k most likely tokens. Then top_p
-    keeps, of these, the most likely ones until they have the fraction top_p of the remaining
-    probability (Holtzman et al. 2020, section 3.1). Raises UserError if temperature or top_p is
-    negative, or top_k below 1.
+    more, and 0 always takes the most likely one. top_k keeps the k most likely tokens. Of these,
+    top_p keeps the likeliest, as few as make up the share top_p of their sum (Holtzman et al. 2020,
+    section 3.1). Raises UserError if temperature or top_p is negative, or top_k below 1.
 
     >>> logits = np.log([[0.5, 0.3, 0.2]] * 1000)
     >>> ids = sample(logits, 1.0, 2, None, np.random.default_rng(0))
@@ -1122,10 +1051,11 @@ def sample(logits, temperature, top_k, top_p, rng):
         scaled = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature
     probs = np.exp(scaled)  # up to a factor, which does not matter below
     if top_k is not None and top_k < probs.shape[1]:
-        probs[probs < np.partition(probs, -top_k)[:, [-top_k]]] = 0
+        probs[probs < np.partition(probs, -top_k)[:, [-top_k]]] = 0  # below the k-th largest
     if top_p is not None:
         ranked = np.sort(probs)[:, ::-1]
-        kept = ranked.cumsum(axis=1) - ranked < top_p * ranked.sum(axis=1, keepdims=True)
+        before = ranked.cumsum(axis=1) - ranked  # the sum of the more likely ones
+        kept = before < top_p * ranked.sum(axis=1, keepdims=True)
         kept[:, 0] = True
         probs[probs < np.where(kept, ranked, np.inf).min(axis=1, keepdims=True)] = 0
     ends = probs.cumsum(axis=1)  # a random point falls into the interval of one token
@@ -1193,15 +1123,14 @@ class Tokenizer:
                 import tiktoken
                 self.bpe = tiktoken.get_encoding("gpt2")
             except Exception as error:  # it is not installed, or whatever its download raises
-                raise UserError(f"GPT-2's tokens need the package tiktoken ({error!r:.80}): pip "
-                                "install tiktoken; without a network, set TIKTOKEN_CACHE_DIR to a "
-                                "folder that it has filled; or use --tokenizer byte") from None
+                raise UserError(f"GPT-2's tokens need tiktoken ({error!r:.80}); pip install it; "
+                                "offline, set TIKTOKEN_CACHE_DIR to its filled cache") from None
 
     def encode(self, text):
         """A string -> a list of ids. <|endoftext|> in the text becomes that one token."""
         if self.bpe:
             return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
-        parts = (part.encode("utf-8") for part in text.split("<|endoftext|>"))
+        parts = (part.encode("utf-8", "replace") for part in text.split("<|endoftext|>"))
         return [id for part in parts for id in (self.eot_token, *part)][1:]
 
     def token_bytes(self, id):
@@ -1221,8 +1150,8 @@ DATA = Path("data")
 MAGIC, VERSION = 20240520, 1  # how a token file begins
 
 
-def write_file(path, *parts):
-    """Write bytes to a file that appears at `path` whole or not at all."""
+def write_file(path, parts):
+    """Write these parts, bytes or arrays, to a file that appears at `path` whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
@@ -1242,15 +1171,7 @@ def write_tokens(path, ids):
     require(0 <= ids.min() and ids.max() < 2**16, f"{path}: ids must be in 0..65535")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(ids)
-    write_file(path, header, ids.astype("<u2"))
-
-
-def matching(pattern):
-    """The file of this name, or the files whose names match this pattern."""
-    folder, name = os.path.split(pattern)  # only the name is a pattern: a folder may be called x[1]
-    if os.path.exists(pattern):
-        return [pattern]
-    return [os.path.join(folder, match) for match in sorted(glob.glob(name, root_dir=folder))]
+    write_file(path, [header, ids.astype("<u2")])
 
 
 def read_tokens(pattern, vocab_size):
@@ -1259,17 +1180,17 @@ def read_tokens(pattern, vocab_size):
     A single file stays on disk until it is read. Raises UserError for a file that is missing or
     damaged, or has an id outside the vocabulary.
     """
-    paths = matching(pattern)
+    folder, name = os.path.split(pattern)  # only the name is a pattern: a folder may be called x[1]
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), name)))
+    if os.path.exists(pattern):
+        paths = [pattern]
     require(paths, f"{pattern or '(empty)'}: no such file; make one with prepro_tinyshakespeare.py "
             "and give it as --train_bin or --val_bin")
     files = []
     for path in paths:
-        found = np.fromfile(path, "<i4", 3).tolist()
-        n_bytes = os.path.getsize(path)
-        expected = [MAGIC, VERSION, (n_bytes - 1024) // 2]
-        require(found == expected and n_bytes > 1026 and n_bytes % 2 == 0,
-                f"{path}: not a token file: {n_bytes} bytes that start with {found}, not "
-                f"{expected}; make it again with prepro_tinyshakespeare.py")
+        n = (os.path.getsize(path) - 1024) / 2
+        require(n > 1 and np.fromfile(path, "<i4", 3).tolist() == [MAGIC, VERSION, n],
+                f"{path}: not a token file; make it again with prepro_tinyshakespeare.py")
         files.append(np.memmap(path, "<u2", mode="r", offset=1024))
         largest = files[-1].max()
         require(largest < vocab_size, f"{path}: id {largest} is outside the vocabulary of "
@@ -1281,7 +1202,8 @@ def read_tokens(pattern, vocab_size):
 # A run: what the program does between the steps. It logs, validates, samples, saves and stops.
 
 COLUMNS = ["step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"]
-STOP = {}  # why the program must stop (numbers of signals, errors of its output): since when
+LOG_HEADER = ",".join(COLUMNS).encode() + b"\n"
+STOP = []  # why the program must stop: numbers of signals, errors of its output
 
 
 def say(text, end="\n", file=None):
@@ -1290,26 +1212,15 @@ def say(text, end="\n", file=None):
     try:
         print(text, end=end, file=file, flush=True)
     except OSError as error:
-        reason = 13 if isinstance(error, BrokenPipeError) else error  # 13 is SIGPIPE
-        STOP.setdefault(reason, time.monotonic())
+        STOP.append(13 if isinstance(error, BrokenPipeError) else error)  # 13 is SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def show_progress(text):
     """Replace the last line of the terminal, if stderr is one."""
     if sys.stderr and sys.stderr.isatty():
-        width = 79
-        with contextlib.suppress(OSError):
-            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        width = shutil.get_terminal_size().columns - 1
         say(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr)
-
-
-def on_signal(number, frame):
-    """Ask to stop after this step. Another Ctrl-C, more than a second later, stops at once."""
-    now = time.monotonic()
-    if number == signal.SIGINT and now > STOP.get(number, now) + 1:  # torchrun sends each twice
-        raise KeyboardInterrupt
-    STOP.setdefault(number, now)
 
 
 @contextlib.contextmanager
@@ -1326,8 +1237,8 @@ def locked(folder, wait=False):
             at_end.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is training in this folder; wait until it "
-                            "ends, or give another --out") from None
+            raise UserError(f"{folder}: another process is training in this folder; wait, or give "
+                            "another --out") from None
         except (ImportError, OSError):
             pass
         yield
@@ -1371,7 +1282,6 @@ def evaluate(model, tokens, B, T, limit=0):
 def print_sample(model, tokenizer, args, number):
     """Generate text and print it as it is produced; the seed and the number determine it."""
     prompt = args.prompt or ("\n" if tokenizer.name == "byte" else "<|endoftext|>")
-    prompt = prompt.encode("utf-8", "replace").decode()  # an argument may not be UTF-8
     ids, context = tokenizer.encode(prompt), model.config.n_positions
     if len(ids) > context:
         say(f"the prompt has {len(ids)} tokens; only the last {context} are used", file=sys.stderr)
@@ -1386,18 +1296,17 @@ def print_sample(model, tokenizer, args, number):
     say(decoder.decode(b"", final=True))
 
 
-def open_log(out, step):
-    """Open OUT/log.csv to append rows after `step`. Raises UserError for a file that is no log."""
+def open_log(out, state):
+    """Open OUT/log.csv to append after what it had when `state` was saved (None: a new run).
+
+    Raises UserError if that part has changed, or if the file is not a log.
+    """
     path = Path(out) / "log.csv"
-    lines = [",".join(COLUMNS)]
-    if path.exists():
-        *rows, _ = path.read_bytes().decode("utf-8", "replace").split("\n")  # _ is empty, or torn
-        for i, row in enumerate(rows, 1):
-            pattern = r"(\d{1,18})(,[^,;]*){6}" if i > 1 else re.escape(lines[0])
-            require(re.fullmatch(pattern, row), f"{path}: line {i} is not a line of a log: "
-                    f"{row!r:.40}; move this file elsewhere, or restore it")
-        lines += [row for row in rows[1:] if int(row.split(",")[0]) <= step]
-    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+    size, crc32 = state["log"] if state else (len(LOG_HEADER), zlib.crc32(LOG_HEADER))
+    content = path.read_bytes()[:size] if path.exists() else LOG_HEADER
+    require(not path.exists() or zlib.crc32(content) == crc32,
+            f"{path} is not this run's log, or was edited; restore it, or move it elsewhere")
+    write_file(path, [content])
     return open(path, "a", encoding="utf-8", newline="\n")
 
 
@@ -1406,10 +1315,11 @@ class Run:
 
     def __init__(self, args, state, tokenizer, processes):
         self.args = args
+        self.state = state
         self.tokenizer = tokenizer
         self.processes = processes
-        require(args.batch_size % processes.size == 0, f"--batch_size {args.batch_size} cannot be "
-                f"shared equally among {processes.size} processes; give a multiple")
+        require(args.batch_size % processes.size == 0, f"--batch_size {args.batch_size} is not "
+                f"divisible by the {processes.size} processes; give a multiple")
         self.B = args.batch_size // processes.size
         self.schedule = functools.partial(learning_rate, steps=args.steps, warmup=args.warmup,
                                           lr=args.lr, min_lr=args.min_lr)
@@ -1432,12 +1342,14 @@ class Run:
         """Write a checkpoint."""
         args, model = self.args, self.model
         options = {name: x for name, x in vars(args).items() if name not in UNSAVED}
-        for name in "train_bin", "val_bin":  # --resume may be called from another folder
-            options[name] = os.path.abspath(options[name])
-        rng = self.rng.bit_generator.state
+        for name in "train_bin", "val_bin":  # relative to OUT: the project may be moved
+            with contextlib.suppress(ValueError):  # on another drive of Windows
+                options[name] = os.path.relpath(options[name], args.out)
+        log = (Path(args.out) / "log.csv").read_bytes()
         save_checkpoint(args.out, model, self.files, {
-            "step": model.step, "options": options, "out": os.path.abspath(args.out),
-            "shards": model.n_shards, "rng": rng, "crc32": checksum(model, rng, model.n_shards)})
+            "step": model.step, "options": options, "shards": model.n_shards,
+            "rng": self.rng.bit_generator.state, "log": (len(log), zlib.crc32(log)),
+            "model": checksum(model)})
 
     def validate(self):
         """Print the validation loss and return it."""
@@ -1454,15 +1366,13 @@ class Run:
                        if name not in UNSAVED | {"train_bin", "val_bin"}}
             processes.require_equal(options | {
                 "step": self.model.step, "training text": zlib.crc32(self.tokens),
-                "set of weights": checksum(self.model, self.rng.bit_generator.state)})
-        own = [args.folder / name for name in TOKENIZER_FILES] if args.folder else []
-        self.files = {path.name: path.read_bytes() for path in own if path.is_file()}
-        self.files = self.files or tokenizer_files(self.tokenizer, args.n_positions)
+                "set of weights": checksum(self.model), "order": self.rng.bit_generator.state})
+        self.files = tokenizer_files(self.tokenizer, args.n_positions)
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
         for number in signal.SIGINT, signal.SIGTERM, hangup:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, on_signal)
-        log = open_log(args.out, self.model.step) if processes.rank == 0 else None
+                signal.signal(number, lambda number, frame: STOP.append(number))
+        log = open_log(args.out, self.state) if processes.rank == 0 else None
         times = []  # since the last line of the log
         start = time.perf_counter()
         for step, loss, norm in train(
@@ -1480,7 +1390,7 @@ class Run:
                 self.save()
             if stop and not last:
                 end = f"stopped after step {step}, saved in {args.out}; --resume continues"
-                reason = next(iter(STOP), signal.SIGTERM)  # none: it came to another process
+                reason = STOP[0] if STOP else signal.SIGTERM  # none: it came to another process
                 require(isinstance(reason, int), f"cannot print ({reason}); {end}")
                 say(end)
                 sys.exit(128 + reason)
@@ -1524,9 +1434,9 @@ FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PLAIN_GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "add_cross_attention": False, "tie_word_embeddings": True}
-TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json"]
 UNSAVED = {"model", "init_from", "resume", "out", "threads", "folder"}
+CHANGED = ("{}: a file in this folder has changed since it was saved; remove the folder to resume "
+           "from the checkpoint before it")
 
 
 def write_tensors(path, tensors):
@@ -1539,8 +1449,8 @@ def write_tensors(path, tensors):
                        "data_offsets": (start, stop)}
     header = json.dumps(index).encode()
     header += b" " * (-len(header) % 8)
-    write_file(path, len(header).to_bytes(8, "little"), header, *(
-        x.astype(x.dtype.newbyteorder("<"), copy=False) for x in tensors.values()))
+    numbers = (x.astype(x.dtype.newbyteorder("<"), copy=False) for x in tensors.values())
+    write_file(path, [len(header).to_bytes(8, "little"), header, *numbers])
 
 
 def read_tensors(path, arrays):
@@ -1576,7 +1486,19 @@ def read_tensors(path, arrays):
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             RecursionError) as error:
         raise UserError(f"{path}: damaged, or not the floats of this model ({error!s:.160}); get "
-                        "it again, with the config.json that belongs to it") from None
+                        "it again, with its config.json") from None
+
+
+def write_model(folder, model):
+    """Write config.json, generation_config.json and model.safetensors."""
+    last = model.config.vocab_size - 1
+    config = {"architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, **asdict(model.config),
+              "bos_token_id": last, "eos_token_id": last}
+    limit = {"max_length": model.config.n_positions}  # for transformers' pipeline
+    for name, content in ("config.json", config), ("generation_config.json", limit):
+        write_file(Path(folder) / name, [json.dumps(content, indent=2).encode()])
+    write_tensors(Path(folder) / "model.safetensors",
+                  {f"transformer.{name}": x for name, x in model.params.items()})
 
 
 def read_json(path):
@@ -1585,8 +1507,7 @@ def read_json(path):
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         found = None
-    require(isinstance(found, dict), f"{path}: not a complete JSON object; replace this file, or "
-            "remove its folder")
+    require(isinstance(found, dict), f"{path}: not a JSON object; replace it, or remove its folder")
     return found
 
 
@@ -1635,47 +1556,40 @@ def checkpoints(out):
 def save_checkpoint(out, model, files, state):
     """Write OUT/step_... with `files` {name: bytes}, whole or not at all; keep the one before."""
     unfinished = Path(out) / "unfinished"
-    try:
-        model.save_pretrained(unfinished)
-        write_tensors(unfinished / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
-        write_file(unfinished / "trainer.json", json.dumps(state, indent=2).encode())
-        for name, content in files.items():
-            write_file(unfinished / name, content)
-        os.replace(unfinished, Path(out) / f"step_{model.step:06}")
-        for old in checkpoints(out)[:-2]:
-            os.replace(old, unfinished)
-            shutil.rmtree(unfinished)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    model.save_pretrained(unfinished)
+    write_tensors(unfinished / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
+    state["crc32"] = zlib.crc32(json.dumps(state).encode())
+    files = files | {"trainer.json": json.dumps(state, indent=2).encode()}
+    for name, content in files.items():
+        write_file(unfinished / name, [content])
+    os.replace(unfinished, Path(out) / f"step_{model.step:06}")
+    for old in checkpoints(out)[:-2]:
+        os.replace(old, unfinished)
+        shutil.rmtree(unfinished)
 
 
-def checksum(model, *state):
-    """The CRC-32 of the sizes, parameters and moments of a model, and of the rest of the state."""
-    crc32 = zlib.crc32(json.dumps([asdict(model.config), *state]).encode())
+def checksum(model):
+    """The CRC-32 of the sizes, the parameters and the moments of a model."""
+    crc32 = zlib.crc32(repr(model.config).encode())
     for flat in model.flat_params, model.flat_m, model.flat_v:
         crc32 = zlib.crc32(flat, crc32)
     return crc32
 
 
 def read_state(folder):
-    """The state of a run, in a checkpoint's trainer.json. Raises UserError if it is damaged."""
+    """The state of a run, in a checkpoint's trainer.json. Raises UserError if it has changed."""
     state = read_json(folder / "trainer.json")
-    types = {"step": int, "options": dict, "shards": int, "out": str, "rng": dict, "crc32": int}
-    good = all(type(state.get(name)) is kind for name, kind in types.items())
-    require(good and state["step"] == int(folder.name[5:]) and 0 < state["shards"] < 2**32 and
-            state["options"].keys() == vars(make_parser().parse_args([])).keys() - UNSAVED,
-            f"{folder / 'trainer.json'}: not the state of a run of this version; remove {folder} "
-            "to resume from the checkpoint before it")
+    crc32 = state.pop("crc32", None)
+    require(crc32 == zlib.crc32(json.dumps(state).encode()), CHANGED.format(folder))
     return state
 
 
 def load_checkpoint(folder, state):
-    """(model, random generator) of a checkpoint. Raises UserError if a file has changed."""
+    """(model, random generator) of a checkpoint. Raises UserError if a number has changed."""
     model = GPT2.from_pretrained(folder)
     read_tensors(folder / "optimizer.safetensors", {"m": model.flat_m, "v": model.flat_v})
-    require(checksum(model, state["rng"], state["shards"]) == state["crc32"], f"{folder}: "
-            "config.json, a number or the state of the random generator has changed since it was "
-            "saved; remove it to resume from the checkpoint before it")
+    require(checksum(model) == state["model"], CHANGED.format(folder))
     model.step = state["step"]
     rng = np.random.default_rng()
     rng.bit_generator.state = state["rng"]
@@ -1716,9 +1630,9 @@ class Processes:
         except Exception as error:  # of many kinds
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"WORLD_SIZE {os.environ.get('WORLD_SIZE')} asks for several processes, but they "
-                f"cannot connect ({reason:.160}); start them with torchrun; on several machines, "
-                "set GLOO_SOCKET_IFNAME to the network interface that connects them") from None
+                f"the processes of WORLD_SIZE {os.environ.get('WORLD_SIZE')} cannot connect "
+                f"({reason:.160}); start them with torchrun; on several machines, set "
+                "GLOO_SOCKET_IFNAME to their network interface") from None
 
     def share(self, rows):
         """This process's share of the rows of a batch."""
@@ -1733,8 +1647,8 @@ class Processes:
             self.network.all_reduce(self.tensor(flat))
         except RuntimeError as error:
             require(not re.search("connection|closed|reset by peer|timed out", str(error), re.I),
-                    f"rank {self.rank} lost the connection to another process; see that process's "
-                    "output for the reason, then restart all of them with --resume")
+                    f"rank {self.rank} lost the connection to another process; see its output, "
+                    "then restart all with --resume")
             raise
 
     def all_reduce(self, loss, grads):
@@ -1837,31 +1751,26 @@ def split(n, parts, evenly=False):
     return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
 
 
-def run_in_blocks(function, args, cut, summed, heads):
-    """Call function(*args) for blocks of the arguments numbered `cut`; see by_rows."""
+def run_in_blocks(function, args, cut, sums, heads):
+    """Call function(**args) for blocks of the arguments named in `cut`; see by_rows."""
     if heads:  # attention: the work is in its scores
-        B, H, T, _ = args[-3].shape  # q
-        S = args[-2].shape[2]  # k
-        n = B * H * min(T, 64) * S / MIN_BLOCK
-        blocks = [(b, h) for b in split(B, n, evenly=True)
-                  for h in split(H, n / B, evenly=True)]
+        B, H, T, _ = args["q"].shape
+        n = B * H * min(T, 64) * args["k"].shape[2] / MIN_BLOCK
+        blocks = [(b, h) for b in split(B, n, evenly=True) for h in split(H, n / B, evenly=True)]
     else:
-        blocks = split(len(args[cut[0]]), max(args[i].size for i in cut) / MIN_BLOCK, evenly=True)
+        n = max(args[name].size for name in cut) / MIN_BLOCK
+        blocks = split(len(args[cut[0]]), n, evenly=True)
     if len(blocks) == 1:
-        function(*args)
+        function(**args)
         return
-    partial = {i: np.zeros((len(blocks), *args[i].shape), args[i].dtype) for i in summed}
+    partial = {name: np.zeros((len(blocks), *args[name].shape), args[name].dtype) for name in sums}
 
     def work(number):
-        block_args = list(args)
-        for i in cut:
-            block_args[i] = args[i][blocks[number]]
-        for i in summed:
-            block_args[i] = partial[i][number]
-        function(*block_args)
+        function(**args | {name: args[name][blocks[number]] for name in cut}
+                 | {name: x[number] for name, x in partial.items()})
     parallel(work, range(len(blocks)))
-    for i in summed:
-        np.add(args[i], partial[i].sum(axis=0), out=args[i])
+    for name, x in partial.items():
+        args[name] += x.sum(axis=0)
 
 
 def matmul(out, a, b, add=False):
@@ -1884,12 +1793,24 @@ def matmul(out, a, b, add=False):
     parallel(work, split(max(M, K), n, evenly=True))
 
 
+@by_rows("total part")
+def add(total, part):
+    """Add part (n,) to total (n,)."""
+    total += part
+
+
+@by_rows("flat", sums="total")
+def add_squares(total, flat):
+    """Add the sum of flat (n,) ** 2 to total (1,)."""
+    total += np.dot(flat, flat)
+
+
 def usable_cpus():
     """The number of processors of this process, by a container's quota and torchrun's share."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cpus = min(cpus, max(1, quota // period))
+        cpus = min(cpus, quota // period)
     with contextlib.suppress(ValueError, ZeroDivisionError):
         cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, cpus)
@@ -1927,6 +1848,7 @@ def number(kind, low, high):
     return read
 
 
+size = number(int, 1, 65536)
 natural = number(int, 1, 2**32)
 count = number(int, 0, 2**32)
 real = number(float, 0, 1e38)
@@ -1959,10 +1881,10 @@ def make_parser():
     add("val_bin", str, None, "the same for validation")
     add("tokenizer", Tokenizer.sizes, "byte", "bytes, or GPT-2's 50,257 tokens")
     section = parser.add_argument_group("architecture: the sizes of a new model")
-    add("n_layer", number(int, 1, 10000), 3, "L, blocks")
-    add("n_head", natural, 4, "H, attention heads")
-    add("n_embd", natural, 128, "C, channels")
-    add("n_positions", natural, 64, "longest context")
+    add("n_layer", size, 3, "L, blocks")
+    add("n_head", size, 4, "H, attention heads")
+    add("n_embd", size, 128, "C, channels")
+    add("n_positions", size, 64, "longest context")
     section = parser.add_argument_group("training: batches and the optimizer")
     add("batch_size", natural, 12, "B, sequences in a micro-batch, shared among all processes")
     add("seq_len", natural, None, "T, tokens in a sequence (default: 64, or n_positions if less)")
@@ -2024,16 +1946,10 @@ def parse_arguments(argv):
         state = read_state(folder)
         options = state["options"]
         sizes = asdict(read_config(folder)) | {"tokenizer": options["tokenizer"]}
-        for name in "train_bin", "val_bin":  # they may have been moved together with the run
-            with contextlib.suppress(TypeError, ValueError):  # None; on another drive of Windows
-                moved = os.path.join(first.out, os.path.relpath(options[name], state["out"]))
-                if matching(moved):
-                    options[name] = os.path.normpath(moved)
-        argv = [f"--{name}={x}" for name, x in options.items()
-                if x is not None or parser.get_default(name) is not None] + argv
+        for name in "train_bin", "val_bin":
+            options[name] = os.path.normpath(os.path.join(first.out, options[name]))
+        argv = [f"--{name}={x}" for name, x in options.items() if x is not None] + argv
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        require(value != [], f"--{name} needs a value (see --help)")  # argparse reads `--x=--` so
     for name, value in sizes.items() if folder else ():
         require(getattr(args, name, value) == value, f"--{name} {getattr(args, name, value)} does "
                 f"not fit {folder}, which has {value}; leave it out")
@@ -2106,7 +2022,6 @@ def main():
             require(args.resume or not earlier or not leader, f"{args.out} holds a run of "
                     f"{max(earlier, default=0)} steps: --resume continues it, --out starts another "
                     "elsewhere")
-            shutil.rmtree(Path(args.out) / "unfinished", ignore_errors=True)  # of a killed process
             Run(args, state, tokenizer, processes).take_steps()
 
 
