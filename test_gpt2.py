@@ -986,11 +986,10 @@ def test_run_that_has_to_stop_resumes_bit_for_bit(train, capsys, before, in_step
 
 @POSIX
 def test_run_has_its_folder_for_itself(train, capsys):
-    """While a process trains in it, and after that was killed."""
+    """While a process trains in it, and after that was killed while it wrote to the log."""
     options = f"{TINY} --steps 25 --save_every 10"
-    assert train(options, "--out whole") == 0
-    program = program_with("", 20, "sys.stdin.read()")
-    process = start(program, options, "--out run", stdin=subprocess.PIPE)
+    process = start(program_with("", 20, "sys.stdin.read()"), options, "--out run",
+                    stdin=subprocess.PIPE)
     read_until("step 19/", process)
     for arguments in f"{TINY} --steps 1 --out run", "--resume --out run --steps 30":
         assert train(arguments) == 2
@@ -1001,10 +1000,8 @@ def test_run_has_its_folder_for_itself(train, capsys):
     assert train(TINY, "--steps 1 --out run") == 2
     assert error_line(capsys) == ("run holds a run of 10 steps: --resume continues it, --out "
                                   "starts another elsewhere")
-    log = Path("run/log.csv").read_bytes()
-    Path("run/log.csv").write_bytes(log[:-20])  # ends in a torn line
-    assert train("--resume --out run") == 0
-    assert result_of("run", 25) == result_of("whole", 25)
+    os.truncate("run/log.csv", os.path.getsize("run/log.csv") - 20)  # a torn line
+    assert train("--resume --out run") == 0 and len(read_log("run")) == 25
 
 
 def test_run_refuses_a_log_that_is_not_its_own_and_leaves_it(train, capsys):
@@ -1115,16 +1112,14 @@ def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, name, entry, 
 
 
 def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
-    """The same tokens, logits and gradients (in float64, measured: 3e-15).
-
-    GPT-2's tokenizer files have the SHA-256 of OpenAI's encoder.json and vocab.bpe.
-    """
+    """The same tokens, logits and gradients (in float64, measured: 3e-15)."""
     files = gpt2.tokenizer_files(tokenizer, 16)
     if tokenizer.name == "byte":
         vocab = json.loads(files["vocab.json"])
         assert sorted(vocab.values()) == [*range(257)] and vocab["<|endoftext|>"] == 256
         assert [vocab[x] for x in "A~¡ÿĀĠĊŃ"] == [65, 126, 161, 255, 0, 32, 10, 173]
     else:
+        # those of OpenAI's encoder.json and vocab.bpe
         assert [hashlib.sha256(files[x]).hexdigest() for x in ("vocab.json", "merges.txt")] == [
             "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
             "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"]
@@ -1188,17 +1183,14 @@ sys.argv[-1] = f"k{run}" """), options, "--out k"))
 def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     assert train(TINY, "--steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 --prompt=-x") == 0
     assert train("--resume --steps 9 --lr 0.02 --warmup 0 --threads 1") == 0
-    log = read_log("out")
-    assert [row["step"] for row in log] == [str(i) for i in range(1, 10)]
-    assert float(log[7]["lr"]) == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-4))
+    rates = [float(row["lr"]) for row in read_log("out")]
+    assert len(rates) == 9 and rates[7] == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-4))
     saved = gpt2.read_state(Path("out/step_000009"))["options"]
     assert {"seed": 9, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
-    assert train("--resume --steps 10 --train_bin val.bin --val_bin train.bin") == 0
-    assert re.search(r"train +200 byte tokens in .*val.bin\n", capsys.readouterr().out)
     for arguments, message in [
             ("--n_embd 32", "--n_embd 32 does not fit .*, which has 16; leave it out"),
             ("--tokenizer gpt2", "--tokenizer gpt2 does not fit .*, which has byte; leave it out"),
-            ("", "--steps 10: the run has already completed that many steps; .*")]:
+            ("", "--steps 9: the run has already completed that many steps; .*")]:
         assert train("--resume", arguments) == 2
         assert re.fullmatch(message, error_line(capsys))
 
@@ -1381,8 +1373,6 @@ def test_pool_does_every_item_once_and_nested_calls_serially():
         pool(lambda j: done.append((i, j, threading.get_ident() == thread)), range(3))
     pool(outer, range(50))
     assert sorted(done) == [(i, j, True) for i in range(50) for j in range(3)]
-    pool(done.append, [np.zeros(2)] * 3)  # items may be arrays, or anything
-    assert len(done) == 153
     assert is_parallel(pool)
 
 
@@ -1748,7 +1738,6 @@ def test_prepro_download_appears_whole_or_says_why_not(tmp_path, monkeypatch, an
         connection.recv(9999)
         connection.sendall(answer)
         time.sleep(silence)
-    assert prepro.TIMEOUT < 60
     monkeypatch.setattr(prepro, "TIMEOUT", 0.5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     if answer is None:
