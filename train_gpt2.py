@@ -286,13 +286,7 @@ def linear_forward(out, inp, weight, bias=None):
     """
     matmul(out, inp, weight)  # read it as out[...] = inp @ weight
     if bias is not None:
-        add_bias(out, bias)
-
-
-@by_rows("out")
-def add_bias(out, bias):
-    """Add bias (K,) to every row of out (N,K)."""
-    out += bias
+        out += bias
 
 
 # out_nk = sum_c inp_nc weight_ck + bias_k has the partial derivatives ∂out_nk/∂inp_nc = weight_ck,
@@ -1203,7 +1197,7 @@ def read_tokens(pattern, vocab_size):
 
 COLUMNS = ["step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"]
 LOG_HEADER = ",".join(COLUMNS).encode() + b"\n"
-STOP = []  # why the program must stop: numbers of signals, errors of its output
+STOP = []  # if the program is asked to stop: the exit status to stop with
 
 
 def say(text, end="\n", file=None):
@@ -1212,8 +1206,12 @@ def say(text, end="\n", file=None):
     try:
         print(text, end=end, file=file, flush=True)
     except OSError as error:
-        STOP.append(13 if isinstance(error, BrokenPipeError) else error)  # 13 is SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if isinstance(error, BrokenPipeError):
+            STOP.append(141)  # 128 + SIGPIPE
+        else:
+            STOP.append(2)
+            say(f"error: cannot print: {error}", file=sys.stderr)
 
 
 def show_progress(text):
@@ -1371,7 +1369,7 @@ class Run:
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
         for number in signal.SIGINT, signal.SIGTERM, hangup:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, lambda number, frame: STOP.append(number))
+                signal.signal(number, lambda number, frame: STOP.append(128 + number))
         log = open_log(args.out, self.state) if processes.rank == 0 else None
         times = []  # since the last line of the log
         start = time.perf_counter()
@@ -1389,11 +1387,9 @@ class Run:
             if processes.rank == 0 and (last or stop or step % args.save_every == 0):
                 self.save()
             if stop and not last:
-                end = f"stopped after step {step}, saved in {args.out}; --resume continues"
-                reason = STOP[0] if STOP else signal.SIGTERM  # none: it came to another process
-                require(isinstance(reason, int), f"cannot print ({reason}); {end}")
-                say(end)
-                sys.exit(128 + reason)
+                say(f"stopped after step {step}, saved in {args.out}; --resume continues",
+                    file=sys.stderr if processes.rank == 0 else sys.stdout)
+                sys.exit(STOP[0] if STOP else 143)  # as after SIGTERM, which another process got
             start = time.perf_counter()
 
     def report(self, step, loss, norm, times, log):
@@ -1836,15 +1832,11 @@ FINE_TUNING = dict(steps=None, lr=1e-4, min_lr=1e-5)
 def number(kind, low, high):
     """A type for argparse: a number of this kind in low..high."""
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a {name} from {low} to {high}, not "
-                                             f"{text:.20}")
-        return value
+        with contextlib.suppress(ValueError):  # no number at all
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {name} from {low} to {high}, not {text:.20}")
     return read
 
 
@@ -1905,7 +1897,6 @@ def make_parser():
     add("sample_every", natural, 1000, "steps between samples")
     add("save_every", natural, 250, "steps between checkpoints, of which two are kept")
     section = parser.add_argument_group("sampling: how text is generated")
-    add("num_samples", natural, 1, "samples with --init_from")
     add("max_new_tokens", count, 500, "tokens in a sample")
     add("temperature", real, 0.8, "below 1 favours likely tokens more; 0 takes the likeliest")
     add("top_k", natural, None, "draw from the k likeliest tokens")
@@ -2009,9 +2000,7 @@ def main():
         processes.sum(np.zeros(1))
     if args.steps is None:
         model, _ = make_model(args, state, 1)
-        for i in range(args.num_samples):
-            if not STOP:  # the output may have been closed
-                print_sample(model, tokenizer, args, i)
+        print_sample(model, tokenizer, args, 0)
     elif args.steps == 0:
         run = Run(args, state, tokenizer, processes)
         run.validate()
@@ -2027,10 +2016,10 @@ def main():
 
 def run_program(main):
     """Run main() and exit. An error that the user can fix prints one line, with status 2."""
-    status = 0
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # models write characters that a terminal may not have
             stream.reconfigure(encoding="utf-8", errors="replace")
+    status = 0
     try:
         main()
     except (UserError, OSError, MemoryError) as error:
@@ -2040,17 +2029,11 @@ def run_program(main):
         say(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+        status = 130  # 128 + SIGINT
     except SystemExit as end:
-        status = end.code or 0
+        status = end.code
     say("", end="")  # notices a closed pipe
-    errors = [reason for reason in STOP if isinstance(reason, OSError)]
-    if 13 in STOP:
-        status = 128 + 13
-    elif status == 0 and errors:
-        say(f"{Path(sys.argv[0]).name}: error: cannot print: {errors[0]}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+    sys.exit(status or (STOP[0] if STOP else 0))
 
 
 if __name__ == "__main__":
