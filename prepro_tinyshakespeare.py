@@ -32,18 +32,6 @@ MODEL_URL = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 TIMEOUT = 8  # seconds without an answer after which a download is given up
 
 
-def look_up(host):
-    """Raise OSError if the system does not answer in time where a host is; it may hang."""
-    def ask():
-        with contextlib.suppress(OSError):  # urlopen will report it
-            socket.getaddrinfo(host, None)
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    if thread.is_alive():
-        raise OSError(f"no answer within {TIMEOUT} seconds")
-
-
 def download(url, path, advice):
     """Download a file; it appears at `path` whole or not at all. Raises UserError with advice."""
     def blocks(response):
@@ -56,9 +44,17 @@ def download(url, path, advice):
         gpt2.show_progress("")
         if size and done != size:
             raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
+
+    def look_up_host():
+        proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
+        with contextlib.suppress(OSError):  # urlopen will report it
+            socket.getaddrinfo(urllib.parse.urlsplit(proxy or url).hostname, None)
+    thread = threading.Thread(target=look_up_host, daemon=True)  # in urlopen it has no time-out
+    thread.start()
+    thread.join(TIMEOUT)
     try:
-        look_up(urllib.parse.urlsplit(proxy or url).hostname)
+        if thread.is_alive():
+            raise OSError(f"no answer within {TIMEOUT} seconds")
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             gpt2.write_file(path, blocks(response))
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -80,9 +76,9 @@ def download_model(name):
 def tokenize(text, tokenizer):
     """Text -> lists (training ids, validation ids).
 
-    Bytes are split as for nanoGPT's shakespeare_char: the first 90% of the characters train, the
-    rest validates. GPT-2's tokens are split as in llm.c: an <|endoftext|> stands before every
-    section, and blank lines end sections; the first 32,768 tokens validate, or a tenth of all.
+    Bytes as for nanoGPT's shakespeare_char: the first 90% of the characters train. GPT-2's tokens
+    as in llm.c: an <|endoftext|> stands before every section, and blank lines end sections; the
+    first 32,768 tokens validate, or a tenth of all.
     """
     if tokenizer.name == "byte":
         cut = int(len(text) * 0.9)
@@ -100,13 +96,11 @@ def tokenize(text, tokenizer):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. Raises UserError if it is empty or not UTF-8."""
+    """The text of a UTF-8 file. Raises UserError if it is not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise gpt2.UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    gpt2.require(text, f"{path}: the file is empty; give one with text")
-    return text
 
 
 def write_text(text, name, tokenizer_name):
@@ -124,7 +118,7 @@ def write_text(text, name, tokenizer_name):
 
 
 def tinyshakespeare():
-    """The text of tinyshakespeare, from data/ or, if it is missing, from char-rnn's repository."""
+    """The text, from data/ or, if it is missing there, from char-rnn's repository."""
     path = gpt2.DATA / "tinyshakespeare.txt"
     if not path.exists():
         download(TEXT_URL, path, f"download it in another way and save it as {path}")
@@ -143,8 +137,8 @@ def prepare(tokenizer_name):
         except gpt2.UserError as error:
             gpt2.say(f"{error}; for now, the text is Python's language reference (pydoc_data)")
             from pydoc_data.topics import topics
-            text = "\n\n".join(topics.values())
             name = "pydoc"
+            text = "\n\n".join(topics.values())
         return write_text(text, name, tokenizer_name)
 
 
@@ -159,10 +153,11 @@ def main():
     with gpt2.locked(gpt2.DATA, wait=True):
         if args.text is None:
             write_text(tinyshakespeare(), "tinyshakespeare", args.tokenizer)
-            return
-        train, val = write_text(read_text(args.text), args.text.stem, args.tokenizer)
-    gpt2.say(f'now run: python train_gpt2.py --train_bin "{train}" --val_bin "{val}" --tokenizer '
-             f'{args.tokenizer} --out "out_{args.text.stem}"')
+        else:
+            name = args.text.stem
+            train, val = write_text(read_text(args.text), name, args.tokenizer)
+            gpt2.say(f'now run: python train_gpt2.py --train_bin "{train}" --val_bin "{val}" '
+                     f'--tokenizer {args.tokenizer} --out "out_{name}"')
 
 
 if __name__ == "__main__":

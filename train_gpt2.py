@@ -8,28 +8,29 @@
     python train_gpt2.py --model gpt2 --steps 10  # train the 124M model on GPT-2's own tokens
     python train_gpt2.py --help
 
-The task. A language model predicts the next token. A token is a byte of text, or a longer piece of
-a word; the program works with its number, the id. The network reads T tokens and gives, at every
-position, one score to each of the V tokens that may come next. These scores are called logits; the
-softmax function, exp(z_i) / sum_j exp(z_j), turns them into probabilities. The correct answers, the
-targets, are the ids shifted by one position:
+The task. A language model predicts the next token. A token is a byte or a longer piece of text; the
+program works with its number, the id. The network reads T tokens and gives, at every position, one
+score to each of the V tokens that may come next. These scores are called logits; the softmax
+function, exp(z_i) / sum_j exp(z_j) for logits z, turns them into probabilities. The correct
+answers, the targets, are the ids shifted by one position:
 
     text      R   O   M   E   O   :
     ids      82  79  77  69  79
     targets  79  77  69  79  58
 
 The target of position 0 is the input at position 1. A network that could see it would learn to copy
-it: the loss would fall to almost 0, but after the last token of a text there is nothing to copy.
-Therefore the scores at a position depend only on the tokens up to there.
+it. Its predictions would be almost perfect, but after the last token of a text there is nothing to
+copy. Therefore the scores at a position depend only on the tokens up to that position.
 
 The loss at a position is -log(probability of the target): how surprised the model is, in nats, the
-unit of the natural logarithm. Guessing among V tokens costs log V nats, 5.55 for the 257 tokens of
-the default run (256 bytes and an end-of-text token). Predicting from how often each byte occurs
-costs 3.35, from how often it follows the byte before it, 2.49; the default run ends near 1.6.
+unit of the natural logarithm. Giving each of V tokens the probability 1/V costs log V nats, 5.55
+for the 257 tokens of the default run (256 bytes and an end-of-text token). Predicting from how
+often each byte occurs costs 3.35. Predicting from how often it follows the byte before it costs
+2.49. The default run ends near 1.6.
 
-The numbers in the network that are learned are its parameters. Training computes the gradient of
-the mean loss, which tells how the loss changes with each parameter, and moves every parameter a
-small step downhill. It repeats this thousands of times, each time on a batch of other tokens.
+The numbers in the network that are learned are its parameters. Training takes a batch of tokens,
+computes the gradient of their mean loss, which tells how the loss changes with each parameter, and
+moves every parameter a small step downhill. It repeats this thousands of times with other batches.
 
 Letters, for the shapes of arrays (heads, blocks and layers are explained where they occur):
 
@@ -38,38 +39,38 @@ Letters, for the shapes of arrays (heads, blocks and layers are explained where 
     V  tokens in the vocabulary    L  blocks
     N  = B*T positions; row b*T + t is position t of sequence b
     K  outputs of a linear layer
-    S  positions that attention can read: T in training, T or more in sampling
+    S  positions that attention can read: T; in sampling, also earlier ones that were kept
 
 The network, with the shapes of what it computes:
 
     ids (B,T)
         | embedding: one vector for the token plus one for its position
     x (N,C), the residual stream: one vector for each position
-        |---- layernorm, linear, attention, linear ---+   a branch reads x and adds a correction;
-        + <-------------------------------------------+   it does not replace x
+        |---- layernorm, linear, attention, linear ---+   a branch reads x and adds a correction
+        + <-------------------------------------------+   (a residual); it does not replace x
         |---- layernorm, linear, GELU, linear --------+   these two branches are a block,
         + <-------------------------------------------+   and there are L blocks
         | layernorm, linear
     logits (N,V)
-        | cross-entropy with the targets
+        | cross-entropy, the loss, with the targets
     losses (N,)
 
 The rules:
-  - Gradients. dx is the gradient of the loss with respect to x, an array of the shape of x, with
-    dx_j = ∂loss/∂x_j. A d before a name always means this; partial derivatives are written with ∂.
+  - Gradients. dx is the gradient of the mean loss with respect to x, an array with the shape of x:
+    dx_j = ∂loss/∂x_j. A d before a name means this; partial derivatives are written with ∂.
   - The chain rule. If a layer computes y from x, a change of x_j changes the loss through every y_i
     that depends on x_j, so
         dx_j = sum_i dy_i ∂y_i/∂x_j.
-    A backward function computes dx from dy in this way.
-  - Functions write into arrays given to them: outputs first, then inputs, then weights. Large
+    A forward function computes y from x, and its backward function dx from dy in this way.
+  - Layers write into arrays given to them: outputs first, then inputs, then parameters. Large
     arrays are therefore allocated once, and their type decides between float32 and float64.
-  - An activation is an array that the network computes. A backward function overwrites the gradient
-    of an activation, but adds to the gradient of a parameter: a parameter that is used more than
-    once (in several positions, layers or batches) gets the sum of the gradients of all uses.
+  - An activation is an array that the network computes. Backward functions overwrite the gradients
+    of activations but add to those of parameters, because a parameter is used more than once: at
+    all positions, in all batches of a step and, one of them, in two layers.
 
 Functions appear in the order in which data flows through them, up to the training loop and
-sampling. The rest supports the loop. Start at Layers; of the lines above it, read only the
-docstring of by_rows. test_gpt2.py compares every layer, the network and the optimizer with PyTorch.
+sampling. The rest supports the loop. Start at Layers; of the lines above it, read only by_rows's
+docstring and require. test_gpt2.py compares every layer, the network and AdamW with PyTorch.
 
 Sources: Ba et al. 2016, Layer Normalization. Bishop 2006, Pattern Recognition and Machine Learning.
 Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness.
@@ -138,12 +139,12 @@ def require(condition, message):
 
 
 def by_rows(names, sums="", heads=False):
-    """Decorate a layer that processes each row by itself, so that threads can divide the rows.
+    """Decorate a function whose rows are independent, so that threads can divide the rows.
 
-    Read a decorated function as if it got whole arrays: the result is the same. (How: see Threads.)
-    `names` lists the arguments that are cut into blocks of rows, or of sequences and heads if
-    `heads` is true. `sums` lists arrays to which every block of rows adds, such as dweight. All
-    other arguments are passed whole.
+    Read a decorated function as if it received whole arrays: the result is the same. (How: see
+    Threads.) `names` lists the arguments that are cut into blocks: of rows, or of sequences and
+    heads if `heads` is true. `sums` lists arrays to which every block adds, such as dweight. All
+    others are passed whole.
     """
     def decorate(function):
         order = inspect.getfullargspec(function).args
@@ -157,13 +158,13 @@ def by_rows(names, sums="", heads=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Layers, each forward function directly above its backward function.
+# Layers, each forward function above its backward function.
 #
-# The embedding turns every token into a vector. wte (word token embedding) has one vector for each
-# token of the vocabulary, wpe (word position embedding) one for each position; both are parameters,
-# learned like all others. The position has to be in the vector because attention, the only layer
-# that reads other positions, compares their contents and does not know their places. Adding it
-# keeps the number of channels; training finds room for both in C numbers.
+# The embedding turns every token into a vector. wte (word token embedding) has one for each token,
+# wpe (word position embedding) one for each position; both are parameters, learned like all others.
+# Attention, the only layer that reads other positions, compares their contents, not their places,
+# so the position has to be in the vector. Adding it keeps the number of channels; training finds
+# room for both in C numbers.
 def embedding_forward(out, ids, wte, wpe):
     """The vector of each token plus the vector of its position: out_bt = wte[ids_bt] + wpe_t.
 
@@ -171,7 +172,8 @@ def embedding_forward(out, ids, wte, wpe):
     Radford et al. 2018, equation 2.
     """
     B, T = ids.shape
-    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")  # out[...] = wte[ids.ravel()], no copy
+    # out[...] = wte[ids.ravel()], without a copy (np.take makes one unless mode="clip" is given)
+    np.take(wte, ids.ravel(), axis=0, out=out, mode="clip")
     by_sequence = out.reshape(B, T, -1)
     by_sequence += wpe[:T]
 
@@ -180,13 +182,12 @@ def embedding_forward(out, ids, wte, wpe):
 #
 #     dwte_i = sum of dout_bt over all (b,t) with ids_bt = i,    dwpe_t = sum_b dout_bt
 #
-# `dwte[ids.ravel()] += dout` would be wrong without any error: when an id occurs twice, NumPy adds
-# only one of its gradients. np.add.at would be right, but sums of runs are faster: sort the
-# positions by id, sum each run of equal ids, and add every sum to its row.
+# `dwte[ids.ravel()] += dout` would be silently wrong: when an id occurs twice, NumPy adds
+# only one of its gradients. np.add.at would be right; sums of sorted runs are faster.
 def embedding_backward(dwte, dwpe, dout, ids):
     """Add to dwte (V,C) and dwpe (T or more,C), from dout (N,C) and ids (B,T).
 
-    Among the ids 5 7 5, row 5 gets two gradients, 1 and 100:
+    With the ids 5 7 5, row 5 gets two gradients, 1 and 100:
 
     >>> dwte = np.zeros((8, 1))
     >>> dwpe = np.zeros((3, 1))
@@ -219,7 +220,7 @@ def normalize(x):
 def layernorm_forward(out, inp, weight, bias):
     """Normalize each row, then scale and shift each channel: out = xhat * weight + bias.
 
-    weight and bias are learned: where another size or mean is better, training can restore it.
+    weight and bias are learned: where another size or mean is better, training can set it.
     inp (N,C), weight (C,), bias (C,) -> out (N,C). Ba et al. 2016, equation 4.
     """
     xhat, _ = normalize(inp)
@@ -250,15 +251,16 @@ def layernorm_forward(out, inp, weight, bias):
 #
 #     dx_j = rstd (dxhat_j - avg(dxhat) - xhat_j avg(dxhat xhat))
 #
-# with one term for each of the three ways. Moving x along (1, ..., 1) or along xhat leaves xhat as
-# it is (but for eps), so dx is orthogonal to both (a check): sum_j dx_j = sum_j dx_j xhat_j = 0.
+# one term for each of the three ways. As a check: adding a number to the whole row changes
+# nothing, so sum_j dx_j = 0; doubling all x_j - mean changes nothing (but for eps), so
+# sum_j dx_j xhat_j = 0.
 @by_rows("dinp dout inp", sums="dweight dbias")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C), which may be the array dout; add to dweight (C,) and dbias (C,).
 
     The row 1, 2, 3 has mean 2 and rstd 1 / sqrt(2/3) = 1.225, so xhat = (-1.225, 0, 1.225). With
     dout = dxhat = (1, 0, 0), avg(dxhat) = 1/3 and avg(dxhat xhat) = -0.408. So the first number of
-    dx is 1.225 (1 - 1/3 - (-1.225)(-0.408)) = 0.204, the second 1.225 (0 - 1/3 - 0) = -0.408:
+    dx is 1.225 (1 - 1/3 - (-1.225)(-0.408)) = 0.204:
 
     >>> inp = np.array([[1., 2., 3.]])
     >>> dout = np.array([[1., 0., 0.]])
@@ -298,8 +300,6 @@ def linear_forward(out, inp, weight, bias=None):
 def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C); add to dweight (C,K) and to dbias (K,), if that is not None.
 
-    dweight and dbias sum over the two rows; dinp has one row for each.
-
     >>> inp = np.array([[1., 2.], [1., 0.]])
     >>> weight = np.array([[3., 4.], [5., 6.]])
     >>> out = np.empty((2, 2))
@@ -317,14 +317,14 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
     """
     matmul(dinp, dout, weight.T)
     matmul(dweight, inp.T, dout, add=True)  # dweight += inp.T @ dout
-    if dbias is not None:  # dbias += dout.sum(axis=0), as a product, which threads divide
+    if dbias is not None:  # dbias += dout.sum(axis=0), as a product that threads divide
         matmul(dbias.reshape(1, -1), np.ones((1, len(dout)), dout.dtype), dout, add=True)
 
 
-# Causal self-attention is the only layer in which positions exchange information. In each of H
-# heads, a linear map of the normalized residual stream gives every position t a query q_t, a key
-# k_t and a value v_t, of D numbers each. The query says what position t looks for, the key what a
-# position offers, the value what it passes on. Position t gets a weighted mean of values:
+# Attention is the only layer in which positions exchange information. In each of H heads, a linear
+# map of the normalized residual stream gives every position t a query q_t, a key k_t and a value
+# v_t, of D numbers each. The query says what position t looks for, the key what a position offers,
+# the value what it passes on. Position t gets a weighted mean of values:
 #
 #     1. score_ts = q_t · k_s / sqrt(D)                      how well the key s matches the query t
 #     2. att_ts   = exp(score_ts) / sum_r exp(score_tr)      softmax: positive weights of sum 1
@@ -334,13 +334,14 @@ def linear_backward(dinp, dweight, dbias, dout, inp, weight):
 # the heads, side by side, are C numbers again; the next linear layer mixes them.
 #
 # Why sqrt(D)? q · k is a sum of D products. If their factors are independent, with mean 0 and
-# variance 1, the sum has variance D; divided by sqrt(D), scores have the same size for any D. With
-# large scores, training would begin with almost all the weight on one key. There ∂att_s/∂score_r =
-# att_s ([s=r] - att_r), derived below, is almost 0 (att is near 0 or 1), and q and k hardly learn.
+# variance 1, the sum has variance D, and divided by sqrt(D) it has variance 1 for any D. If scores
+# were large, att would be near 1 for one key and near 0 for all others from the beginning. Then
+# ∂att_s/∂score_r = att_s ([s=r] - att_r), derived below, is almost 0: q and k hardly learn.
 #
 # The causal mask sets score_ts to minus infinity for s > t, so att_ts = 0 there: no position sees
-# its target, in any block, and one pass through the network trains all T predictions. Here is the
-# matrix att of a head of the default run that attends to the previous byte ("." is masked):
+# its target, and one pass through the network trains all T predictions. Without the mask, the model
+# learns to copy: the loss falls to 0.05 in 500 steps. Here is the matrix att of a head of the
+# default run that attends to the previous byte ("." is masked):
 #
 #     query \ key    R     O     M     E     O     :
 #         R         1.00   .     .     .     .     .
@@ -364,9 +365,9 @@ def score_chunks(q, k):
 
         scores = q @ k.swapaxes(2, 3) / sqrt(D) + causal_mask(T)      (B,H,T,T)
 
-    The queries are the last T of the S positions: query i stands at position S - T + i. A chunk
-    needs only the keys up to its last query. Smaller chunks skip more of the masked keys; larger
-    chunks run faster.
+    If S > T (in sampling, where earlier keys are kept), query i is at position S - T + i. A
+    chunk needs only the keys up to its last query. Smaller chunks skip more of the masked keys;
+    larger chunks run faster.
     """
     T, S = q.shape[2], k.shape[2]
     scale = 1 / math.sqrt(q.shape[3])
@@ -387,10 +388,9 @@ def attention_forward(out, lse, q, k, v):
 
     q (B,H,T,D), k and v (B,H,S,D) -> out (B,H,T,D), lse (B,H,T,1). S = T in training; S >= T in
     sampling, where the keys and values of earlier positions are kept in an array, the KV cache. The
-    backward pass needs lse_t = log(sum_s exp(score_ts)), called log-sum-exp: with it,
-    att_ts = exp(score_ts - lse_t) can be recomputed. Every head therefore keeps T numbers instead
-    of a (T,S) matrix. Vaswani et al. 2017, equation 1, sections 3.2.1 and 3.2.2; Dao et al. 2022,
-    section 3.1.
+    backward pass recomputes att_ts = exp(score_ts - lse_t) from lse_t = log(sum_s exp(score_ts)),
+    called log-sum-exp, so that a head keeps T numbers instead of a matrix (T,S). Vaswani et al.
+    2017, equation 1, sections 3.2.1 and 3.2.2; Dao et al. 2022, section 3.1.
 
     One head with D = 1. The first query (9, but any would do) sees one key, so its att is 1. The
     second has scores 0 and log 2, so its att is (1/3, 2/3), and out = 1/3 * 3 + 2/3 * 6 = 5:
@@ -411,7 +411,7 @@ def attention_forward(out, lse, q, k, v):
         np.exp(att, out=att)
         row_sum = att.sum(axis=-1, keepdims=True)
         lse[:, :, queries] = row_max + np.log(row_sum)
-        out[:, :, queries] = att @ v[:, :, keys] / row_sum
+        out[:, :, queries] = att @ v[:, :, keys] / row_sum  # fewer divisions than att / row_sum
 
 
 def attention_weights(q, k, lse):
@@ -422,7 +422,7 @@ def attention_weights(q, k, lse):
     return att
 
 
-# The three steps backward, in one head:
+# The three steps backward, in one head; a subscript d counts its D numbers:
 #
 #     3. out_td = sum_s att_ts v_sd is a matrix product, as in the linear layer:
 #            datt_ts = sum_d dout_td v_sd,    dv_sd = sum_t att_ts dout_td
@@ -430,7 +430,7 @@ def attention_weights(q, k, lse):
 #        ∂e_s/∂score_r = [s=r] e_s and ∂Z/∂score_r = e_r, the quotient rule gives
 #            ∂att_s/∂score_r = ([s=r] e_s Z - e_s e_r) / Z^2 = att_s ([s=r] - att_r)
 #            dscore_r = sum_s datt_s ∂att_s/∂score_r = att_r (datt_r - sum_s datt_s att_s)
-#        The sum is the same for all r of a row; call it delta. out gives it from D, not S, terms:
+#        The sum is the same for all r of a row; call it delta. With out, it has D terms, not S:
 #            delta = sum_s datt_s att_s = sum_s sum_d dout_d v_sd att_s = sum_d dout_d out_d
 #     1. score_ts = sum_d q_td k_sd / sqrt(D) is a matrix product again:
 #            dq_td = sum_s dscore_ts k_sd / sqrt(D),    dk_sd = sum_t dscore_ts q_td / sqrt(D)
@@ -441,9 +441,10 @@ def attention_weights(q, k, lse):
 def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
     """Write dq (B,H,T,D), dk and dv (B,H,S,D); dout (B,H,T,D), the rest as in attention_forward.
 
-    The example of attention_forward, with dout = 1 for the second query: datt = v = (3, 6). Minus
-    delta = dout * out = 5 this is (-2, 1), and times att it is dscore = (-2/3, 2/3). As q = 1, dk
-    is the same; dq = 2/3 log 2, because k = (0, log 2); and dv = att * dout = (1/3, 2/3):
+    The example of attention_forward, with dout = 1 for the second query: datt = v = (3, 6).
+    Subtracting delta = dout * out = 5 gives (-2, 1), and multiplying by att gives dscore =
+    (-2/3, 2/3). As q = 1, dk is the same; dq = 2/3 log 2, because k = (0, log 2); and dv =
+    att * dout = (1/3, 2/3):
 
     >>> q = np.array([9., 1.]).reshape(1, 1, 2, 1)
     >>> k = np.array([0., np.log(2)]).reshape(1, 1, 2, 1)
@@ -473,14 +474,14 @@ def attention_backward(dq, dk, dv, dout, out, lse, q, k, v):
 
 
 # GELU is the nonlinear function between the two linear layers of the second branch, which is called
-# the MLP (multilayer perceptron). Attention moves information between positions; the MLP computes
-# with it at each position by itself. Without a nonlinear function between them, the two linear
+# the MLP (multilayer perceptron). Attention moves information between positions; the MLP processes
+# it at each position separately. Without a nonlinear function between them, the two linear
 # layers would collapse into a single one.
 #
-# GELU is x times the probability that a standard normal number is below x. GPT-2 approximates it as
-# x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). As tanh(u) = (1 - exp(-2u)) /
-# (1 + exp(-2u)), this is x s(z) with the sigmoid function s(z) = 1 / (1 + exp(-z)) and
-# z = 2u = x (GELU_1 + GELU_3 x^2).
+# GELU is x times the probability that a standard normal random number is below x. GPT-2
+# approximates it as x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), where 0.044715 gives
+# the best fit. As tanh(u) = (1 - exp(-2u)) / (1 + exp(-2u)), this is x s(z) with the sigmoid
+# function s(z) = 1 / (1 + exp(-z)) and z = 2u = x (GELU_1 + GELU_3 x^2), with these constants:
 
 GELU_1 = 2 * math.sqrt(2 / math.pi)
 GELU_3 = GELU_1 * 0.044715
@@ -541,10 +542,10 @@ def crossentropy_forward(losses, lse, logits, targets):
     lse[...] = log_sum + row_max
 
 
-# ∂lse/∂logits_j = exp(logits_j) / sum_i exp(logits_i) = probs_j, and ∂logits_target/∂logits_j is 1
-# if j is the target, else 0. So softmax and logarithm together have a simple derivative, the
-# predicted probability, minus 1 for the target: ∂loss/∂logits_j = probs_j - [j=target]. With dloss,
-# the derivative of the mean loss with respect to the loss at this position,
+# ∂lse/∂logits_j = exp(logits_j) / sum_i exp(logits_i) = probs_j and ∂logits_target/∂logits_j =
+# [j=target], so the loss at a position has the derivative probs_j - [j=target]: the predicted
+# probability, minus 1 for the target. Let dloss be the derivative of the mean loss with respect to
+# the loss at this position. Then
 #
 #     dlogits_j = dloss (probs_j - [j=target])
 @by_rows("dlogits lse logits targets")
@@ -573,14 +574,14 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 # The block and the network. `a` has the activations of a block:
 #     x, x_mid, out  (N,C)      the residual stream before, between and after the two branches
 #     ln_1, ln_2     (N,C)      output of the first and second layernorm
-#     qkv            (N,3C)     in each row first q, then k, then v; in each of these, the D numbers
-#                               of head after head; q, k, v (B,H,T,D) are its views
+#     qkv            (N,3C)     each row is q, then k, then v; each of them has D numbers of the
+#                               first head, D of the second, ...; q, k, v (B,H,T,D) are its views
 #     lse            (B,H,T,1)  log-sum-exp of attention
 #     attended       (N,C)      output of attention, head after head; heads (B,H,T,D) is its view
 #     hidden, gelu   (N,4C)     the MLP before and after GELU (4 is GPT-2's choice)
 # and, for the backward pass, arrays shared by all blocks:
-#     dx             (N,C)      gradient of the residual stream; each branch adds to it
-#     dbranch        (N,C)      gradient of each array (N,C) of a branch in turn; dheads is its view
+#     dx             (N,C)      gradient of the residual stream (see block_backward)
+#     dbranch        (N,C)      of ln_2, x_mid, attended, ln_1, x in turn; dheads is its view
 #     dhidden        (N,4C)     gradient of gelu, then of hidden
 #     dqkv           (N,3C)     gradient of qkv; dq, dk, dv are its views
 #
@@ -588,9 +589,9 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 # a pair (weight, bias). attn.c_attn makes queries, keys and values; attn.c_proj mixes the heads;
 # mlp.c_fc widens C to 4C; mlp.c_proj goes back to C.
 def block_forward(a, p, cache=None):
-    """One block, a.x -> a.out. With a KV cache (B,2,H,S,D), attention uses its keys and values too.
+    """One block, a.x -> a.out. Radford et al. 2019, section 2.3.
 
-    Radford et al. 2019, section 2.3.
+    With a KV cache (B,2,H,S,D), attention uses the keys and values of all S positions.
     """
     layernorm_forward(a.ln_1, a.x, *p.ln_1)                   # (N,C)
     linear_forward(a.qkv, a.ln_1, *p.attn.c_attn)             # (N,3C)
@@ -611,14 +612,13 @@ def block_forward(a, p, cache=None):
 
 # A branch f, with its layernorm inside, gives out = x + f(x). So ∂out_i/∂x_j = [i=j] + ∂f_i/∂x_j,
 # and dx_j = dout_j + sum_i dout_i ∂f_i/∂x_j: the gradient of out, plus what comes back through the
-# branch. The first term, which a layernorm outside the branch would change, brings every block the
-# gradient of the last out. Without it, the gradient would be multiplied by 2L matrices ∂f/∂x, one
-# after another, and would shrink or grow exponentially. In the code, one array dx takes all these
-# values.
+# branch. The first term carries the gradient of the last block's out to every block unchanged; a
+# layernorm after the addition would change it. Without this term, the gradient would be multiplied
+# by 2L matrices ∂f/∂x, one after another, and could shrink or grow exponentially.
 def block_backward(g, a, p):
     """Turn a.dx (N,C), the gradient of a.out, into that of a.x; add to the gradients g.
 
-    At the end of each line: the array whose gradient it computes (x_mid, x: the branch's part).
+    Each line ends with the array whose gradient it computes; of x_mid and x, the branch's part.
     """
     linear_backward(a.dhidden, *g.mlp.c_proj, a.dx, a.gelu, p.mlp.c_proj.weight)     # gelu
     gelu_backward(a.dhidden, a.dhidden, a.hidden)                                    # hidden
@@ -632,9 +632,9 @@ def block_backward(g, a, p):
     a.dx += a.dbranch
 
 
-# The network: embedding, blocks, a last layernorm, and a linear layer that gives the logits. That
-# layer uses the embedding as its weights, logits = ln_f @ wte.T (the weights are tied, saving V*C
-# parameters): a token gets a high logit if ln_f points in the direction of the token's own vector.
+# The network: embedding, blocks, a last layernorm (ln_f), and a linear layer that gives the logits.
+# That layer uses the embedding as its weights, logits = ln_f @ wte.T (the weights are tied, saving
+# V*C parameters): a token gets a high logit if ln_f points in the direction of its own vector.
 # `a` has the list a.h of the blocks' activations (a block's out is the next block's x, the same
 # array), x of the first block and out of the last, ln_f (N,C), logits (N,V), lse (N,1) and losses
 # (N,) of cross-entropy, and the shared dx.
@@ -654,10 +654,7 @@ def network_forward(a, p, ids, targets=None, cache=None):
 
 
 def network_backward(g, a, p, ids, targets, dloss):
-    """Add to the gradients g. wte gets two gradients, one from each of its uses.
-
-    dloss is the derivative of the mean loss with respect to the loss at one position.
-    """
+    """Add to the gradients g; dloss as in crossentropy_backward. wte gets one from each use."""
     wte = p.wte.weight
     dwte = g.wte.weight  # and dwte.T is a view of it
     dlogits = a.logits  # the largest array is overwritten
@@ -673,10 +670,9 @@ def network_backward(g, a, p, ids, targets, dloss):
 # The optimizer. Plain gradient descent moves every parameter against its gradient, p = p - lr g,
 # where lr is the learning rate (in this section p is one parameter and g its gradient). AdamW keeps
 # two running averages for every parameter, called moments: m of its gradient, which smooths the
-# noise of single batches, and v of the gradient's square, which tells its usual size. A gradient k
-# steps old has weight beta^k relative to the newest, so an average covers about sum_k beta^k =
-# 1 / (1 - beta) steps. Dividing m by sqrt(v) makes steps of about lr whatever the size of the
-# gradients, so one lr serves all parameters; eps avoids a division by 0. In step t = 1, 2, ...:
+# noise of single batches, and v of the gradient's square, which tells its usual size. Dividing m by
+# sqrt(v) makes steps of at most about lr whatever the size of the gradients, so one lr serves all
+# parameters; eps avoids a division by 0. In step t = 1, 2, ..., with beta1 and beta2 below 1:
 #
 #     m = beta1 m + (1 - beta1) g          mhat = m / (1 - beta1^t)
 #     v = beta2 v + (1 - beta2) g^2        vhat = v / (1 - beta2^t)
@@ -685,17 +681,18 @@ def network_backward(g, a, p, ids, targets, dloss):
 # m and v start at 0, so at first they are too small. With the same g in every step, m would be
 # (1 - beta1) (1 + beta1 + ... + beta1^(t-1)) g = (1 - beta1^t) g. mhat divides by that factor, and
 # vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0. Only parameters that the data keep
-# pushing stay large, so accidents of single texts leave few traces. The code works on m and v
-# directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
+# pushing stay large, so what is special to single texts leaves little trace. The code works on m
+# and v directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
 #
 #     lr mhat / (sqrt(vhat) + eps) = rate m / (sqrt(v) + root eps),   rate = lr root / (1 - beta1^t)
 @by_rows("params m v grads")
 def adamw(params, m, v, grads, step, lr, beta1, beta2, eps, weight_decay, clip):
-    """Update params, m and v (n,) with g = clip * grads (see GPT2.update), then set grads to 0.
+    """Update params, m and v (n,) with g = clip * grads, then set grads to 0.
 
-    Loshchilov & Hutter 2019, algorithm 2, but lr multiplies the decay, too, as in PyTorch. In step
-    1 mhat = g and vhat = g^2, so every parameter moves by lr, however large its gradient is (here
-    by 0.01, and by 0.01 * 0.1 for the decay):
+    clip is at most 1 and limits large gradients (see GPT2.update). Loshchilov & Hutter 2019,
+    algorithm 2, except that lr also multiplies the decay, as in PyTorch. In step 1 mhat = g and
+    vhat = g^2, so every parameter moves by lr, however large its gradient is (here by 0.01, and by
+    0.01 * 0.1 for the decay):
 
     >>> params = np.ones(2)
     >>> m = np.zeros(2)
@@ -733,11 +730,11 @@ def learning_rate(step, steps, warmup, lr, min_lr):
 
 # ------------------------------------------------------------------------------------------------
 # The model: a table of names and shapes, and one flat array each for the parameters, gradients, m
-# and v, so that one call updates, sums or saves all of them. Each parameter is a view of its part.
+# and v, so that all are updated, summed or saved at once. Each parameter is a view of its part.
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
+    """The sizes of a GPT-2, by OpenAI's names; the defaults are those of the 124M model."""
     vocab_size: int = 50257  # V
     n_positions: int = 1024  # the largest T
     n_embd: int = 768  # C
@@ -828,9 +825,10 @@ class GPT2:
     """GPT-2 (Radford et al. 2019), its gradients, and the moments of its optimizer.
 
     params and grads are {name: view} of flat_params and flat_grads, laid out by parameter_table.
-    seed=None leaves the parameters uninitialized. n_shards may be set to more than 1: sequences
-    interact only through the sum of their gradients. If products are too small to divide, a thread
-    takes a shard of the batch through the whole network, with its own activations and gradients.
+    seed=None leaves the parameters uninitialized. Sequences interact only through the sum of their
+    gradients. Therefore, with n_shards > 1, each thread takes a shard (some sequences of the batch)
+    through the whole network, with its own activations and gradients. That is faster if the model
+    is so small that threads cannot divide its matrix products well.
     """
 
     def __init__(self, config, dtype=np.float32, seed=1337):
@@ -858,9 +856,10 @@ class GPT2:
             if param.ndim == 1:  # layernorm's weights are 1, biases 0
                 param[...] = 1 if name.endswith(".weight") else 0
             else:
-                # Random, as equal channels would stay equal; 0.02 is GPT-2's. The residual stream
-                # adds up 2L branches, each ending in a c_proj. Variances of independent numbers
-                # add, so the sum is sqrt(2L) times one branch: c_proj's weights are divided by it.
+                # Random, as equal channels would stay equal; GPT-2's standard deviation is 0.02.
+                # The residual stream adds up 2L branches, each ending in a c_proj. Variances of
+                # independent numbers add, so the sum is about sqrt(2L) times as large as one
+                # branch: c_proj's weights are divided by that.
                 rng.standard_normal(dtype=param.dtype, out=param)
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
@@ -894,7 +893,7 @@ class GPT2:
         return ids.astype(np.intp)
 
     def _make_shards(self, B, T):
-        """Allocate activations, and gradients for all shards but the first, which uses ours."""
+        """Allocate activations, and gradients for all shards but the first: it uses flat_grads."""
         self.shape, self.shards = None, []  # frees the old ones first
         shards = []
         for sequences in split(B, self.n_shards):  # slices of about the same size
@@ -933,7 +932,7 @@ class GPT2:
     def backward(self, factor=1.0):
         """Add factor times the gradient of forward()'s loss to grads, which update() sets to 0.
 
-        Raises UserError unless a forward(ids, targets) came before, one for each backward().
+        Raises UserError unless forward(ids, targets) was called before each backward().
         """
         require(self.batch is not None, "backward() needs a forward(ids, targets) before each call")
         (ids, targets), self.batch = self.batch, None
@@ -958,7 +957,7 @@ class GPT2:
         gradients are scaled down to that length, so that one unusual batch cannot dominate the
         moments, and with them the next steps; grad_clip=0 never does this. Matrices decay; biases
         and layernorm's weights do not, as is the custom: they are few, and 0 is not a natural value
-        for a scale. A norm of inf or nan would spoil all parameters: then grads become 0, no more.
+        for a scale. If the norm is inf or nan, nothing is updated, but grads are 0 afterwards.
         """
         self.unfinished = True
         total = np.zeros(1)
@@ -989,7 +988,7 @@ def windows(tokens, starts, T):
 
 def train(model, tokens, steps, B, T, schedule, rng, grad_accum=1, share=lambda rows: rows,
           all_reduce=lambda loss, grads: loss, **adamw_options):
-    """The whole of training: yields (step, loss before the step, norm of the gradient) after each.
+    """The whole of training: after each step, yields (step, loss before it, norm of the gradient).
 
     A step takes grad_accum batches (micro-batches), each of B windows of T tokens at random places,
     and adds their gradients: one batch of all would need more memory. schedule(step) is the
@@ -1017,18 +1016,18 @@ def train(model, tokens, steps, B, T, schedule, rng, grad_accum=1, share=lambda 
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampling: draw a token from the predicted probabilities, append it to the text, predict again.
-# Keys and values of earlier positions do not change when a token is appended, because the causal
-# mask hides the new token from them. They are therefore kept, in the KV cache, and only the new
-# token passes through the network.
+# Sampling: draw a token from the predicted probabilities, append it to the text, predict again. The
+# causal mask hides the new token from earlier positions, so their keys and values do not change.
+# They are kept, in the KV cache, and only the new token passes through the network.
 
 def sample(logits, temperature, top_k, top_p, rng):
     """Draw the next token for each row: logits (B,V) -> ids (B,).
 
-    The probabilities are softmax(logits / temperature): below 1, temperature favours likely tokens
+    The probabilities are softmax(logits / temperature): a temperature below 1 favours likely tokens
     more, and 0 always takes the most likely one. top_k keeps the k most likely tokens. Of these,
-    top_p keeps the likeliest, as few as make up the share top_p of their sum (Holtzman et al. 2020,
-    section 3.1). Raises UserError if temperature or top_p is negative, or top_k below 1.
+    top_p keeps the fewest, most likely first, whose sum reaches the share top_p of the total
+    (Holtzman et al. 2020, section 3.1). Raises UserError for a temperature or top_p below 0 and for
+    a top_k below 1.
 
     >>> logits = np.log([[0.5, 0.3, 0.2]] * 1000)
     >>> ids = sample(logits, 1.0, 2, None, np.random.default_rng(0))
@@ -1050,7 +1049,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         ranked = np.sort(probs)[:, ::-1]
         before = ranked.cumsum(axis=1) - ranked  # the sum of the more likely ones
         kept = before < top_p * ranked.sum(axis=1, keepdims=True)
-        kept[:, 0] = True
+        kept[:, 0] = True  # even if top_p is 0
         probs[probs < np.where(kept, ranked, np.inf).min(axis=1, keepdims=True)] = 0
     ends = probs.cumsum(axis=1)  # a random point falls into the interval of one token
     return (ends > rng.random((len(probs), 1)) * ends[:, -1:]).argmax(axis=1)  # the first True
@@ -1195,8 +1194,7 @@ def read_tokens(pattern, vocab_size):
 # ------------------------------------------------------------------------------------------------
 # A run: what the program does between the steps. It logs, validates, samples, saves and stops.
 
-COLUMNS = ["step", "loss", "val_loss", "norm", "lr", "ms", "tokens_per_second"]
-LOG_HEADER = ",".join(COLUMNS).encode() + b"\n"
+LOG_HEADER = b"step,loss,val_loss,norm,lr,ms,tokens_per_second\n"
 STOP = []  # if the program is asked to stop: the exit status to stop with
 
 
@@ -1233,7 +1231,7 @@ def locked(folder, wait=False):
             import fcntl
             descriptor = os.open(folder, os.O_RDONLY)
             at_end.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training in this folder; wait, or give "
                             "another --out") from None
@@ -1315,6 +1313,7 @@ class Run:
         self.args = args
         self.state = state
         self.tokenizer = tokenizer
+        self.files = tokenizer_files(tokenizer, args.n_positions)
         self.processes = processes
         require(args.batch_size % processes.size == 0, f"--batch_size {args.batch_size} is not "
                 f"divisible by the {processes.size} processes; give a multiple")
@@ -1365,7 +1364,6 @@ class Run:
             processes.require_equal(options | {
                 "step": self.model.step, "training text": zlib.crc32(self.tokens),
                 "set of weights": checksum(self.model), "order": self.rng.bit_generator.state})
-        self.files = tokenizer_files(self.tokenizer, args.n_positions)
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
         for number in signal.SIGINT, signal.SIGTERM, hangup:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -1387,9 +1385,10 @@ class Run:
             if processes.rank == 0 and (last or stop or step % args.save_every == 0):
                 self.save()
             if stop and not last:
-                say(f"stopped after step {step}, saved in {args.out}; --resume continues",
-                    file=sys.stderr if processes.rank == 0 else sys.stdout)
-                sys.exit(STOP[0] if STOP else 143)  # as after SIGTERM, which another process got
+                if processes.rank == 0:
+                    say(f"stopped after step {step}, saved in {args.out}; --resume continues",
+                        file=sys.stderr)
+                sys.exit(STOP[0] if STOP else 143)  # the signal reached another process only
             start = time.perf_counter()
 
     def report(self, step, loss, norm, times, log):
@@ -1397,27 +1396,23 @@ class Run:
         args = self.args
         last = step == args.steps
         hurry = self.processes.stop and not last
-        row = {}
-        if last or step == 1 or step % args.log_every == 0:
+        validates = last or step % args.eval_every == 0
+        if validates or step == 1 or step % args.log_every == 0:
             seconds = sum(times) / len(times)
             times.clear()
             speed = args.batch_size * args.seq_len * args.grad_accum / seconds
             left = datetime.timedelta(seconds=round(seconds * (args.steps - step)))
             lr = self.schedule(step)
-            row = {"loss": round(loss, 6), "norm": round(norm, 6), "lr": f"{lr:.6e}",
-                   "ms": round(1e3 * seconds, 2), "tokens_per_second": round(speed)}
             say(f"step {step:{len(str(args.steps))}}/{args.steps} | loss {loss:.4f} | norm "
                 f"{norm:.2f} | lr {lr:.2e} | {1e3 * seconds:3.0f} ms | {speed:5.0f} tok/s | "
                 f"{left} left")
-        if (last or step % args.eval_every == 0) and not hurry:
-            row["val_loss"] = round(self.validate(), 6)
+            val_loss = f"{self.validate():.6f}" if validates and not hurry else ""
+            print(step, f"{loss:.6f}", val_loss, f"{norm:.6f}", f"{lr:.6e}", f"{1e3 * seconds:.2f}",
+                  f"{speed:.0f}", sep=",", file=log, flush=True)
         if (last or step % args.sample_every == 0) and not hurry:
             say("-" * 80)
             print_sample(self.model, self.tokenizer, args, step)
             say("-" * 80)
-        if row:
-            row["step"] = step
-            print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1590,16 +1585,6 @@ def load_checkpoint(folder, state):
     rng = np.random.default_rng()
     rng.bit_generator.state = state["rng"]
     return model, rng
-
-
-def fetch(function, name):
-    """Call a function of prepro_tinyshakespeare.py, which fills data/, and return its result."""
-    try:
-        import prepro_tinyshakespeare
-    except ModuleNotFoundError:
-        raise UserError("data/ lacks what is needed; put prepro_tinyshakespeare.py, which gets it, "
-                        "beside train_gpt2.py, or give --train_bin and --val_bin") from None
-    return getattr(prepro_tinyshakespeare, function)(name)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1902,6 +1887,16 @@ def make_parser():
     add("top_k", natural, None, "draw from the k likeliest tokens")
     add("top_p", number(float, 0, 1), None, "draw from the likeliest tokens of this probability")
     return parser
+
+
+def fetch(function, name):
+    """Call a function of prepro_tinyshakespeare.py, which fills data/, and return its result."""
+    try:
+        import prepro_tinyshakespeare
+    except ModuleNotFoundError:
+        raise UserError("data/ lacks what is needed; put prepro_tinyshakespeare.py, which gets it, "
+                        "beside train_gpt2.py, or give --train_bin and --val_bin") from None
+    return getattr(prepro_tinyshakespeare, function)(name)
 
 
 def find_model(name):
