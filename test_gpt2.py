@@ -21,11 +21,9 @@ import faulthandler
 import hashlib
 import http.server
 import inspect
-import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -34,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 import types
 import warnings
 import zlib
@@ -57,7 +56,6 @@ import prepro_tinyshakespeare as prepro
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE / "train_gpt2.py"
 PREPRO = HERE / "prepro_tinyshakespeare.py"
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2"
 SMALL = gpt2.GPTConfig(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 
@@ -137,10 +135,10 @@ def gradients_agree(model, ids, targets, tolerance):
     agree(our_results(model, ids, targets), torch_results(model, ids, targets), tolerance)
 
 
-def perturbed(config, dtype=np.float64, seed=0):
+def perturbed(config, dtype=np.float64):
     """A model whose biases are not 0 and whose layernorm weights are not 1."""
-    model = gpt2.GPT2(config, dtype, seed)
-    model.flat_params += 0.1 * np.random.default_rng(seed).standard_normal(model.flat_params.size)
+    model = gpt2.GPT2(config, dtype)
+    model.flat_params += 0.1 * np.random.default_rng(0).standard_normal(model.flat_params.size)
     return model
 
 
@@ -164,23 +162,21 @@ def numbers_of(model):
 def words(*arguments):
     """A command line: strings are split into words; items of lists, numbers and paths are not."""
     line = []
-    for argument in arguments:
-        parts = argument.split() if isinstance(argument, str) else argument
-        line += map(str, parts if isinstance(parts, list) else [parts])
-    return line
+    for x in arguments:
+        line += x.split() if isinstance(x, str) else x if isinstance(x, list) else [x]
+    return [str(x) for x in line]
 
 
 def environment(**settings):
     """This environment without settings for Python and threads, and without a network: every proxy
     is a closed port."""
-    kept = {name: x for name, x in os.environ.items()
-            if not name.startswith(("PYTHON", "OPENBLAS_")) and not name.endswith("_NUM_THREADS")}
-    closed = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9") | {"no_proxy": ""}
-    return kept | closed | {name: str(x) for name, x in settings.items()}
+    closed = "http://127.0.0.1:9"
+    settings = dict(http_proxy=closed, https_proxy=closed, no_proxy="") | settings
+    kept = {n: x for n, x in os.environ.items() if not re.match("PYTHON|OPENBLAS|.*_THREADS$", n)}
+    return kept | {name: str(x) for name, x in settings.items()}
 
 
 TEST_LIMIT = 600  # seconds; also on a machine that is ten times as slow
-PROCESS_LIMIT = 300
 STARTED = []  # processes of a test
 
 
@@ -196,62 +192,50 @@ def start(*arguments, cwd=None, **options):
 
 def finish(process, status=0):
     """(stdout, stderr) of a process that ends with this status."""
-    out, err = process.communicate(timeout=PROCESS_LIMIT)
+    out, err = process.communicate(timeout=TEST_LIMIT / 2)
     assert process.returncode == status, err
     return out, err
 
 
 def read_until(text, process):
-    """Read what a process prints on stdout, up to this text and no further."""
-    seen = b""
-    while text.encode() not in seen:
-        byte = os.read(process.stdout.fileno(), 1)
-        assert byte, process.stderr.read()
-        seen += byte
-
-
-@pytest.fixture(scope="session")
-def terminal(request):
-    """A descriptor of the stderr that pytest does not capture."""
-    assert torch, "PyTorch is missing; pip install torch==2.13.0"
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        return os.dup(2)
+    """Read what a process prints on stdout, up to a line with this text."""
+    assert any(text in line for line in process.stdout), process.stderr.read()
 
 
 @pytest.fixture(autouse=True)
-def leave_nothing_behind(terminal):
+def leave_nothing_behind(request, monkeypatch):
     """A test ends in TEST_LIMIT seconds or all tests end, with a traceback. What it has changed is
     restored."""
+    assert torch, "PyTorch is missing; pip install torch==2.13.0"
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        terminal = os.dup(2)  # the stderr that pytest does not capture
     faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=terminal)
-    folder = os.getcwd()
-    threads = gpt2.parallel.threads
+    monkeypatch.setattr(gpt2.parallel, "threads", gpt2.parallel.threads)
     with mock.patch.dict(os.environ):
         yield
-    os.chdir(folder)
-    gpt2.parallel.threads = threads
     gpt2.STOP.clear()
     while STARTED:
         process = STARTED.pop()
         process.kill()
         process.communicate()
     faulthandler.cancel_dump_traceback_later()
+    os.close(terminal)
 
 
 # ------------------------------------------------------------------------------------------------
 # Layers.
 
 def torch_attention(q, k, v):
-    """Attention with the whole matrix (B,H,T,S). The queries are the last T of S positions."""
+    """Causal attention; the queries are the last T of S positions."""
     T, S = q.shape[2], k.shape[2]
-    scores = q @ k.mT / math.sqrt(q.shape[3])
-    return scores.masked_fill(torch.ones(T, S).triu(1 + S - T) > 0, -math.inf).softmax(dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(T, S).tril(S - T) > 0)
 
 
 def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
     """To test a new layer, add a row: its arrays, the same in PyTorch, what can be in place.
 
     The first word of the name is the layer's; the arrays have the names of its arguments. PyTorch's
-    function takes the arrays that have a gradient and gives `out`. "dinp is dout" says that the
+    function takes the arrays that have a gradient and gives `out`. "dinp dout" says that the
     backward function may write dinp over dout.
     """
     N = B * T
@@ -267,62 +251,58 @@ def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
     return {
         "embedding": (
             dict(wte=new(V, C), wpe=new(T + 3, C), ids=ids, out=new(N, C)),
-            lambda wte, wpe: (wte[ids] + wpe[:T]).flatten(0, 1), None),
+            lambda wte, wpe: (wte[ids] + wpe[:T]).flatten(0, 1), [""]),
         "layernorm": (
             dict(inp=new(N, C), weight=new(C), bias=new(C), out=new(N, C)),
-            lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias), "dinp is dout"),
+            lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias), ["", "dinp dout"]),
         "linear": (
             dict(inp=new(N, C), weight=new(C, K), bias=new(K), out=new(N, K)),
-            lambda inp, weight, bias: F.linear(inp, weight.T, bias), None),
+            lambda inp, weight, bias: F.linear(inp, weight.T, bias), [""]),
         "linear with tied weights": (
             dict(inp=new(N, C), weight=new(V, C).T, out=new(N, V)),
-            lambda inp, weight: inp @ weight, None),
-        "attention": (attention(T), torch_attention, None),
-        "attention with a cache": (attention(T + 60), torch_attention, None),
+            lambda inp, weight: inp @ weight, [""]),
+        "attention": (attention(T), torch_attention, [""]),
+        "attention with a cache": (attention(T + 60), torch_attention, [""]),
         "gelu": (
             dict(inp=new(N, K), out=new(N, K)),
-            lambda inp: F.gelu(inp, approximate="tanh"), "dinp is dout"),
+            lambda inp: F.gelu(inp, approximate="tanh"), ["", "dinp dout"]),
         "crossentropy": (  # its output is called losses; the gradient of each is the same number
             dict(logits=new(N, V), targets=ids.ravel(), lse=new(N, 1), out=new(N), dloss=3.0,
                  dout=np.full(N, 3, dtype)),
             lambda logits: F.cross_entropy(logits, torch.tensor(ids.ravel()), reduction="none"),
-            "dlogits is logits")}
+            ["", "dlogits logits"])}
 
 
 LAYER_NAMES = list(dict.fromkeys(name.split()[0] for name in layers()))
 FUNCTIONS = [f"{name}_{way}" for name in LAYER_NAMES for way in ("forward", "backward")]
-LAYERS = pytest.mark.parametrize("name", layers())
+LAYERS = pytest.mark.parametrize("name, in_place", [
+    (name, in_place) for name, (_, _, ways) in layers().items() for in_place in ways])
 SIZES = {"small": {}, "eight chunks of queries": dict(T=600, H=5, C=20),
          "several blocks of rows": dict(B=7, T=151, C=252, K=250, V=260)}
 
 
-def run_layer(name, size="small", dtype=np.float64):
+def run_layer(name, in_place, size="small", dtype=np.float64):
     """Run a layer forward and backward -> its inputs, arrays, forward pass, and PyTorch's layer.
 
     Gradients of parameters start at 1, so that adding to them differs from writing them; 1 is
-    subtracted from the result. What may run in place does so too.
+    subtracted from the result.
     """
-    arrays, reference, in_place = layers(dtype, **SIZES[size])[name]
+    arrays, reference, _ = layers(dtype, **SIZES[size])[name]
     inputs = {n: arrays[n] for n in inspect.signature(reference).parameters}
     dout = np.random.default_rng(1).standard_normal(arrays["out"].shape).astype(dtype)
     arrays = {"losses": arrays["out"], "dout": dout} | arrays
-
-    def gradients():
-        return {f"d{n}": np.ones_like(x) for n, x in inputs.items()}
+    arrays |= {f"d{n}": np.ones_like(x) for n, x in inputs.items()}
 
     def call(way, arguments):
         function = getattr(gpt2, f"{name.split()[0]}_{way}")
         function(**{n: arguments.get(n) for n in inspect.signature(function).parameters})
     call("forward", arrays)
-    arrays |= gradients()
-    call("backward", arrays)
     if in_place:
-        written, read = in_place.split(" is ")
-        both = arrays[read].copy()
-        again = arrays | gradients() | {written: both, read: both}
-        call("backward", again)
-        for n in gradients():
-            assert (again[n] == arrays[n]).all(), f"{n} is different if {in_place}"
+        written, read = in_place.split()
+        arrays[written] = arrays[read].copy()
+        call("backward", arrays | {read: arrays[written]})
+    else:
+        call("backward", arrays)
     for n in arrays.keys() & {"dwte", "dwpe", "dweight", "dbias"}:
         arrays[n] -= 1
     return inputs, arrays, lambda: call("forward", arrays), reference
@@ -331,9 +311,9 @@ def run_layer(name, size="small", dtype=np.float64):
 @LAYERS
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
-def test_layer_matches_torch(name, dtype, size):
+def test_layer_matches_torch(name, in_place, dtype, size):
     """Measured: 3e-15 in float64 and 1e-6 in float32."""
-    inputs, arrays, _, reference = run_layer(name, size, dtype)
+    inputs, arrays, _, reference = run_layer(name, in_place, size, dtype)
     tensors = {n: torch.tensor(x, requires_grad=True) for n, x in inputs.items()}
     out = reference(*tensors.values())
     out.backward(torch.tensor(arrays["dout"]))
@@ -342,9 +322,9 @@ def test_layer_matches_torch(name, dtype, size):
 
 
 @LAYERS
-def test_layer_matches_central_differences(name):
+def test_layer_matches_central_differences(name, in_place):
     """(f(x + h) - f(x - h)) / 2h for every single input, without PyTorch. Measured: below 5e-10."""
-    inputs, arrays, forward, _ = run_layer(name)
+    inputs, arrays, forward, _ = run_layer(name, in_place)
     h = 1e-5
     for n, x in inputs.items():
         numeric = np.empty_like(x)
@@ -359,20 +339,16 @@ def test_layer_matches_central_differences(name):
         assert error(arrays[f"d{n}"], numeric) < 1e-8, n
 
 
-@DTYPES
-def test_attention_gelu_and_crossentropy_are_right_far_from_zero(dtype):
+def test_attention_gelu_and_crossentropy_are_right_far_from_zero():
     """1e4 has a spacing of 1e-3 in float32, and probabilities come from exp(1e4 - lse)."""
-    q = np.array([1e3, -1e3, 1e3], dtype).reshape(1, 1, 3, 1)
-    k = np.array([1e3, 2e3, -1e3], dtype).reshape(1, 1, 3, 1)
+    q, k = np.array([[1e3, -1e3, 1e3], [1e3, 2e3, -1e3]], np.float32).reshape(2, 1, 1, 3, 1)
     out = np.empty_like(q)
-    x = np.array([[-1e4, -50, -12, 12, 50, 1e4]], dtype)
-    activated = np.empty_like(x)
-    slope = np.empty_like(x)
-    largest = np.finfo(dtype).max / 4
-    logits = np.array([[largest, -largest, 0], [-largest, largest, 0], [1e4, 1e4, 1e4]], dtype)
+    x = np.array([[-1e4, -50, -12, 12, 50, 1e4]], np.float32)
+    activated, slope = np.empty((2, 1, 6), np.float32)
+    logits = np.array([[1e38, -1e38, 0], [-1e38, 1e38, 0], [1e4, 1e4, 1e4]], np.float32)
     targets = np.array([0, 0, 2])
-    losses = np.empty(3, dtype)
-    lse = np.empty((3, 1), dtype)
+    losses = np.empty(3, np.float32)
+    lse = np.empty((3, 1), np.float32)
     with np.errstate(all="raise", under="ignore"):
         gpt2.attention_forward(out, np.empty_like(q), q, k, q)
         gpt2.gelu_forward(activated, x)
@@ -382,9 +358,9 @@ def test_attention_gelu_and_crossentropy_are_right_far_from_zero(dtype):
     assert out.ravel().tolist() == [1e3, 1e3, -1e3], "a query sees only the key that fits best"
     assert activated == pytest.approx(np.maximum(x, 0), abs=1e-30)
     assert slope == pytest.approx(1.0 * (x > 0), abs=1e-20)
-    assert losses == pytest.approx([0, 2 * largest, math.log(3)], rel=1e-5)
-    assert logits == pytest.approx(np.array([[0, 0, 0], [-1, 1, 0], [1 / 3, 1 / 3, -2 / 3]]),
-                                   abs=2e-3 if dtype == np.float32 else 1e-11)
+    assert losses == pytest.approx([0, 2e38, math.log(3)], rel=1e-5)
+    expected = np.array([[0, 0, 0], [-1, 1, 0], [1 / 3, 1 / 3, -2 / 3]])
+    assert logits == pytest.approx(expected, abs=2e-3)
 
 
 def test_attention_weights_give_the_output_of_attention():
@@ -411,8 +387,6 @@ def test_docstrings_have_examples_that_run():
 @pytest.mark.parametrize("config, B, T, shards", [
     (SMALL, 2, 5, 1), (SMALL, 3, 1, 1),
     (gpt2.GPTConfig(57, 64, 32, 11, 1), 3, 64, 2),  # the full context, 11 blocks, one head
-    (gpt2.GPTConfig(61, 200, 24, 2, 2), 2, 150, 1),  # several chunks of queries
-    (gpt2.GPTConfig(1031, 64, 128, 1, 4), 12, 64, 1),  # several blocks of rows
     (gpt2.GPTConfig(31, 128, 36, 2, 3), 11, 128, 4)])
 def test_model_and_network_match_torch(config, B, T, shards, dtype):
     """Measured: 4e-15 in float64 and 1.4e-6 in float32."""
@@ -426,9 +400,8 @@ def test_model_and_network_match_torch(config, B, T, shards, dtype):
 
 def test_model_config_refuses_sizes_that_make_no_model():
     for sizes, message in [(dict(n_head=5), "n_embd 768 is not divisible by n_head 5"),
-                           (dict(n_layer=0), "n_layer is 0"), (dict(n_embd=1.5), "n_embd is 1.5"),
-                           (dict(n_head=True), "n_head is True"), (dict(n_head="12"), "'12'"),
-                           (dict(n_layer=65537), "65537; it must be .* from 1")]:
+                           (dict(n_layer=0), "n_layer is 0"), (dict(n_head=True), "is True"),
+                           (dict(n_layer=65537), "n_layer is 65537; it must be .* to 65536")]:
         with pytest.raises(gpt2.UserError, match=message):
             gpt2.GPTConfig(**sizes)
 
@@ -436,15 +409,16 @@ def test_model_config_refuses_sizes_that_make_no_model():
 def test_model_shapes_and_shards_may_change_from_call_to_call():
     """Also after a batch that was too large: the memory is full at its last shard."""
     model = perturbed(SMALL)
-    for B, T, model.n_shards in [(2, 5, 1), (4, 8, 4), (4, 8, 1), (1, 1, 4), (4, 3, 2), (5, 8, 3),
-                                 (8, 5, 3), (5, 4, 5), (4, 5, 5)]:
-        batch = random_ids(SMALL, B, T, seed=B * T)
+    for B, T, model.n_shards in [(4, 8, 4), (4, 8, 1), (4, 5, 1), (5, 4, 1), (2, 4, 1), (2, 4, 3)]:
+        batch = random_ids(SMALL, B, T)
         gradients_agree(model, *batch, 2e-14)
         assert len(model.shards) == min(B, model.n_shards)
-        found = (model.n_shards - 1) * [None] + [MemoryError]
+    large = random_ids(SMALL, 9, 7)
+    for next_batch in batch, large:
+        found = [None, None, MemoryError]
         with mock.patch.object(gpt2, "activations", side_effect=found), pytest.raises(MemoryError):
-            model.forward(*random_ids(SMALL, 9, 7))
-        gradients_agree(model, *batch, 2e-14)
+            model.forward(*large)
+        gradients_agree(model, *next_batch, 2e-14)
 
 
 def test_model_activation_count_is_what_is_allocated():
@@ -459,16 +433,14 @@ def test_model_gives_new_arrays_and_copies_what_it_is_given():
     """Ids may be lists, or of another type."""
     model = perturbed(SMALL)
     ids, targets = random_ids(SMALL, 2, 5)
-    logits = model.forward(ids)
-    expected = copy.deepcopy(our_results(model, ids.tolist(), targets.astype(np.uint16)))
-    model.forward(targets)
-    assert (logits == expected["logits"]).all()
-    model.flat_grads[...] = 0
-    model.forward(ids, targets)
+    expected = torch_results(model, ids, targets)
+    logits = model.forward(ids.astype(np.uint16))
+    model.forward(targets.tolist())
+    loss = model.forward(ids, targets)
     ids[...] = 1
     targets[...] = 2
     model.backward()
-    assert all((model.grads[name] == expected[name]).all() for name in model.grads)
+    agree({"loss": np.array(loss), "logits": logits} | model.grads, expected, 2e-14)
 
 
 def test_model_initialisation_is_gpt2s():
@@ -481,81 +453,38 @@ def test_model_initialisation_is_gpt2s():
             assert abs(x.std() / std - 1) < 0.03 and abs(x.mean()) < std / 20, name
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_model_copies_train_alike_and_are_independent(copied):
-    model = perturbed(SMALL)
-    model.n_shards = 2
-    step = our_trainer(model)
-    step(*random_ids(SMALL, 3, 8, seed=1))
-    batch = random_ids(SMALL, 3, 8, seed=2)
-    model.forward(*batch)
-    model.backward()
-    twin = copied(model)
-    before = numbers_of(model)
-    loss = step(*batch)
-    assert numbers_of(twin) == before
-    assert our_trainer(twin)(*batch) == loss and numbers_of(twin) == numbers_of(model)
-
-
-def steps_like_a_new_model(model, batch):
-    """Whether a step of a model has the bits of one by a model in the same state, but that its
-    gradients are 0 if ours are unfinished."""
-    fresh = copy.deepcopy(model)
-    if model.unfinished:
-        fresh.flat_grads[...] = 0
-    return (our_trainer(model)(*batch) == our_trainer(fresh)(*batch)
-            and numbers_of(model) == numbers_of(fresh))
-
-
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("name", [*FUNCTIONS, "adamw"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "add", "adamw"])
 def test_model_after_an_interrupt_is_as_good_as_new(name, call):
-    """A function is interrupted after its work, in one of two shards."""
+    """Ctrl-C when a function has done its work for one of three shards. The next step then has the
+    bits of a step by a copy of the model without gradients."""
     model = perturbed(SMALL)
-    model.n_shards = 2
-    our_trainer(model)(*random_ids(SMALL, 4, 8, seed=1))
+    model.n_shards = gpt2.parallel.threads = 3
+    batch = random_ids(SMALL, 4, 8)
+    step = our_trainer(model)
+    step(*batch)
     function = getattr(gpt2, name)
-    calls = itertools.count(1)
+    calls = iter([1, 2])
 
     def interrupted(*args):
         function(*args)
-        if next(calls) == call:
-            raise KeyboardInterrupt
+        if next(calls, None) == call:
+            signal.raise_signal(signal.SIGINT)  # reaches the main thread, whichever this is
+        time.sleep(0.001)  # the other threads are still at work
     with mock.patch.object(gpt2, name, interrupted), pytest.raises(KeyboardInterrupt):
-        our_trainer(model)(*random_ids(SMALL, 4, 8, seed=2))
+        step(*batch)
     assert not model.flat_grads.any() or model.unfinished
-    assert steps_like_a_new_model(model, random_ids(SMALL, 4, 8, seed=3))
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Windows has no pthread_kill")
-def test_model_is_as_good_as_new_after_a_hundred_real_interrupts():
-    """Ctrl-C at any moment of a step. Gradients stay if they are complete and unused."""
-    model = gpt2.GPT2(gpt2.GPTConfig(67, 64, 64, 2, 4))
-    model.n_shards = gpt2.parallel.threads = 3
-    step = our_trainer(model)
-    batch = random_ids(model.config, 6, 64)
-    step(*batch)
-    rng = np.random.default_rng(0)
-    main_thread = threading.main_thread().ident
-    for _ in range(100):
-        timer = threading.Timer(0.02 * rng.random(), signal.pthread_kill,
-                                (main_thread, signal.SIGINT))
-        with contextlib.suppress(KeyboardInterrupt):
-            timer.start()
-            while True:
-                step(*batch)
-        timer.join()
-        assert steps_like_a_new_model(model, batch)
-    assert not gpt2.parallel.is_nested()
+    twin = copy.deepcopy(model)
+    twin.flat_grads[...] = 0
+    assert step(*batch) == our_trainer(twin)(*batch)
+    assert numbers_of(model) == numbers_of(twin)
 
 
 @pytest.mark.parametrize("ids, targets, message", [
     ([1, 2], None, r"ids must be .* \(2,\)"), ([[]], None, r"\(1, 0\)"), ([[1.5]], None, "float64"),
-    ([[True]], None, "bool"), ([["1"]], None, "integers"), ([[[1]]], None, r"\(1, 1, 1\)"),
-    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[3, -1]], None, r"-1\.\.3"),
-    ([[0] * 9], None, r"T in 1\.\.8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)"),
-    ([[1]], [[17]], "targets are in 17"), ([[1]], [[-1]], "targets are in -1"),
-    ([[1]], [1], "targets must be")])
+    ([[True]], None, "bool"), ([[[1]]], None, r"\(1, 1, 1\)"), ([[3, -1]], None, r"-1\.\.3"),
+    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[1]], [[17]], "targets are in 17"),
+    ([[0] * 9], None, r"T in 1\.\.8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)")])
 def test_model_refuses_ids_that_do_not_fit(ids, targets, message):
     with pytest.raises(gpt2.UserError, match=message):
         gpt2.GPT2(SMALL).forward(ids, targets)
@@ -572,24 +501,14 @@ def test_model_backward_needs_a_forward_with_targets_each_time():
             model.backward()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_model_update_with_a_gradient_that_is_not_finite_changes_nothing(value):
-    """But that the gradient is 0 afterwards, so the next step is a good one again."""
-    model = perturbed(SMALL)
-    our_trainer(model)(*random_ids(SMALL, 2, 5))
-    before = numbers_of(model)
-    model.grads["ln_f.bias"][3] = value
-    assert not math.isfinite(model.update(0.1))
-    assert numbers_of(model) == before and not model.flat_grads.any()
-
-
 # ------------------------------------------------------------------------------------------------
 # The optimizer.
 
 @pytest.mark.parametrize("decay, clip", [(0.1, 1.0), (0.0, 0.0), (0.5, 0.3)])
 def test_adamw_matches_torch(decay, clip):
     """Ten steps at a high learning rate, where errors add up. Measured: 7e-16. The norms of the
-    gradients are about 0.3, 3 and 30, so some are clipped and some are not."""
+    gradients are about 0.3, 3 and 30, so some are clipped and some are not. Between the steps, a
+    gradient that is not finite changes nothing."""
     model = perturbed(gpt2.GPTConfig(257, 64, 64, 2, 4))
     rng = np.random.default_rng(0)
     p = torch_params(model)
@@ -597,7 +516,9 @@ def test_adamw_matches_torch(decay, clip):
               for n, d in ((1, 0.0), (2, decay))]
     reference = torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.97), eps=1e-3)
     for step in range(10):
-        model.flat_grads[...] = rng.normal(0, 10.0 ** (step % 3 - 3), model.flat_grads.size)
+        model.grads["ln_f.bias"][3] = [np.nan, np.inf][step % 2]
+        assert not math.isfinite(model.update(0.05))
+        model.flat_grads += rng.normal(0, 10.0 ** (step % 3 - 3), model.flat_grads.size)
         for name, x in p.items():
             x.grad = torch.tensor(model.grads[name])
         norm = torch.nn.utils.clip_grad_norm_(p.values(), clip or math.inf).item()
@@ -696,19 +617,17 @@ def test_generate_with_its_cache_is_the_whole_window_each_time(
         assert error(drawn.args[0], uncached) < 2e-14
 
 
-@DTYPES
 @pytest.mark.parametrize("temperature, top_k, top_p, expected", [
-    (1.0, None, None, [8, 1, 6, 1, 4]), (0.5, None, None, [64, 1, 36, 1, 16]),
-    (0, None, None, [1, 0, 0, 0, 0]), (1e-320, None, None, [1, 0, 0, 0, 0]),
-    (1.0, 1, None, [1, 0, 0, 0, 0]), (1.0, 3, None, [8, 0, 6, 0, 4]),
+    (0.5, None, None, [64, 1, 36, 1, 16]), (0, None, None, [1, 0, 0, 0, 0]),
+    (1e-320, None, None, [1, 0, 0, 0, 0]), (1.0, 3, None, [8, 0, 6, 0, 4]),
     (1.0, 99, None, [8, 1, 6, 1, 4]), (1.0, None, 0.0, [1, 0, 0, 0, 0]),
-    (1.0, None, 0.65, [8, 0, 6, 0, 0]), (1.0, None, 1.0, [8, 1, 6, 1, 4]),
+    (1.0, None, 0.65, [8, 0, 6, 0, 0]),
     (1.0, 3, 0.75, [8, 0, 6, 0, 0])])  # of the three, the first two have 14/18
 def test_sample_draws_tokens_as_often_as_their_probabilities_say(
-        temperature, top_k, top_p, expected, dtype):
+        temperature, top_k, top_p, expected):
     """In 40,000 draws, within 5 sigma; what is left out never. Every other row is reversed."""
-    logits = np.log([8, 1, 6, 1, 4]) + 20
-    rows = np.tile([logits, logits[::-1]], (20000, 1)).astype(dtype)
+    logits = np.log([8, 1, 6, 1, 4], dtype=np.float32) + 20
+    rows = np.tile([logits, logits[::-1]], (20000, 1))
     drawn = gpt2.sample(rows, temperature, top_k, top_p, np.random.default_rng(0))
     drawn[1::2] = 4 - drawn[1::2]
     probs = np.array(expected) / sum(expected)
@@ -729,13 +648,11 @@ def test_generate_refuses_a_wrong_prompt_and_options_out_of_bounds():
 
 @pytest.fixture(params=["byte", "gpt2"])
 def tokenizer(request, monkeypatch):
-    """A tokenizer; GPT-2's if tiktoken and its merges are here, as tests do not download them."""
+    """A tokenizer; GPT-2's if its merges are here, as tests do not download them."""
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", HERE / "data" / "tiktoken"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-    if request.param == "gpt2":
-        pytest.importorskip("tiktoken")
-        if not list(folder.glob("*")):
-            pytest.skip(f"GPT-2's merges are missing; {PREPRO.name} --tokenizer gpt2 gets them")
+    if request.param == "gpt2" and not list(folder.glob("*")):
+        pytest.skip(f"GPT-2's merges are missing; {PREPRO.name} --tokenizer gpt2 gets them")
     return gpt2.Tokenizer(request.param)
 
 
@@ -753,14 +670,13 @@ def test_tokens_decode_to_the_text_they_came_from(tokenizer):
     assert tokenizer.encode("Hello world<|endoftext|>") == expected[tokenizer.name]
 
 
-def test_token_counts_of_the_real_text(tokenizer):
+def test_token_counts_of_the_real_text(tokenizer, monkeypatch):
     """Bytes as for nanoGPT's shakespeare_char; GPT-2's tokens as in llm.c."""
-    path = HERE / "data" / "tinyshakespeare.txt"
-    if not path.exists():
-        pytest.skip(f"{path} is missing; {PREPRO.name} downloads it")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == prepro.TEXT_SHA256
+    monkeypatch.setattr(gpt2, "DATA", HERE / "data")
+    if not (gpt2.DATA / "tinyshakespeare.txt").exists():
+        pytest.skip(f"{gpt2.DATA}/tinyshakespeare.txt is missing; {PREPRO.name} downloads it")
     counts = {"byte": [1003854, 111540], "gpt2": [305260, 32768]}
-    parts = prepro.tokenize(prepro.read_text(path), tokenizer)
+    parts = prepro.tokenize(prepro.tinyshakespeare(), tokenizer)
     assert [len(ids) for ids in parts] == counts[tokenizer.name]
 
 
@@ -776,28 +692,25 @@ def test_token_files_have_llm_cs_format_and_appear_whole_or_not_at_all(tmp_path)
         b"\x88\xd8\x34\x01\1\0\0\0\3\0\0\0" + bytes(253 * 4) + b"\1\0\2\0\x50\xc4")
 
 
-def write_token_file(path, tokens=range(20), start=None, extra=b""):
-    """A token file made by hand, right or wrong."""
-    header = np.zeros(256, "<i4")
-    header[:3] = start or (20240520, 1, len(tokens))
-    Path(path).write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes() + extra)
+write_token_file = gpt2.write_tokens
 
 
 def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
     for name, tokens in ("t2", [5, 6]), ("t1", [1, 2, 3]), ("n[1]", [9, 9]), ("n1", [8, 8]):
-        write_token_file(tmp_path / f"{name}.bin", tokens)
+        gpt2.write_tokens(tmp_path / f"{name}.bin", tokens)
     for pattern, tokens in ("t?.bin", [1, 2, 3, 5, 6]), ("n[1].bin", [9, 9]), ("n*", [8, 8, 9, 9]):
         assert gpt2.read_tokens(tmp_path / pattern, 10).tolist() == tokens
     bad = tmp_path / "bad.bin"
-    for wrong in [[(1234, 1, 20)], [(20240520, 2, 20)], [(20240520, 1, 19)], [None, b"x"]]:
-        write_token_file(bad, range(20), *wrong)
-        with pytest.raises(gpt2.UserError, match="bad.bin: not a token file; make it"):
-            gpt2.read_tokens(tmp_path / "b*.bin", 257)
-    for tokens, message in ([5], "not a token file"), ([], "not a token file"), (
+    for tokens, message in ([5], "not a token file; make it"), (
             [0] * 9999 + [257], "id 257 is outside the vocabulary of 257; .*--tokenizer"):
-        write_token_file(bad, tokens)
+        gpt2.write_tokens(bad, tokens)
         with pytest.raises(gpt2.UserError, match=f"bad.bin: {message}"):
             gpt2.read_tokens(bad, 257)
+    good = (tmp_path / "t1.bin").read_bytes()
+    for wrong in b"", b"\1" + good[1:], good[:4] + b"\2" + good[5:], good[:-2], good + b"x":
+        bad.write_bytes(wrong)
+        with pytest.raises(gpt2.UserError, match="bad.bin: not a token file; make it"):
+            gpt2.read_tokens(tmp_path / "b*.bin", 257)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1817,8 +1730,8 @@ BENCH = {  # L, H, C, V, B, T
     "124M": [12, 12, 768, 50257, 4, 64], "124M-long": [12, 12, 768, 50257, 1, 1024],
     "long": [4, 4, 128, 257, 1, 1024]}
 WORKERS = {  # the first has no PyTorch, so that memory can be compared
-    "ours": "import sys; sys.modules['torch'] = None; import test_gpt2; test_gpt2.bench_worker()",
-    "PyTorch": "import test_gpt2; test_gpt2.bench_worker()"}
+    "ours": "import sys; sys.modules['torch'] = None; import test_gpt2; test_gpt2.bench_worker",
+    "PyTorch": "import test_gpt2; test_gpt2.bench_worker"}
 
 
 def our_trainer(model):
@@ -1839,7 +1752,7 @@ def torch_trainer(model):
          for n, decay in ((2, 0.1), (1, 0))], lr=1e-3, betas=(0.9, 0.95), fused=True)
 
     def step(ids, targets):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss = torch_gpt2(p, config, torch.tensor(ids), torch.tensor(targets))[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
@@ -1848,49 +1761,37 @@ def torch_trainer(model):
     return step
 
 
-def clock(function, *args):
-    """(how long a call takes in ms, its result)."""
-    start = time.perf_counter()
-    result = function(*args)
-    return 1e3 * (time.perf_counter() - start), result
-
-
 def peak_memory():
     """The largest memory this process has had, in MB, on Linux; elsewhere nan."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1e3 if found else math.nan
+    with contextlib.suppress(OSError):
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    return math.nan
 
 
-def bench_worker():
+def bench_worker(L, H, C, V, B, T):
     """A process of the benchmark: answer every line of stdin, a number of steps, with JSON."""
     imported = peak_memory()
-    threads, L, H, C, V, B, T = map(int, sys.argv[1:])
     model = gpt2.GPT2(gpt2.GPTConfig(V, T, C, L, H))
     if torch:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(gpt2.parallel.threads)
         step = torch_trainer(model)
         del model  # it has copies
     else:
-        gpt2.parallel.threads = threads
-        model.n_shards = gpt2.choose_shards(model.config, B, T, threads)
+        model.n_shards = gpt2.choose_shards(model.config, B, T, gpt2.parallel.threads)
         step = our_trainer(model)
     # What can be learned shows differences that random tokens hide, such as another weight decay:
     # a text that goes up by one or two, around a circle of at most 16 tokens.
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 3, size=100_000).cumsum() % min(V, 16)
-    times = []  # the median step of every turn, in ms
-    losses = []  # of every step
+    losses = []
+
+    def one_step():
+        starts = rng.integers(len(tokens) - T, size=B)
+        losses.append(step(*gpt2.windows(tokens, starts, T)))
     for line in sys.stdin:
-        turn = []
-        for _ in range(int(line)):
-            batch = gpt2.windows(tokens, rng.integers(len(tokens) - T, size=B), T)
-            ms, loss = clock(step, *batch)
-            turn.append(ms)
-            losses.append(loss)
-        times.append(sorted(turn)[len(turn) // 2])  # np.median would import numpy.ma: 2 MB
-        print(json.dumps({"times": times, "losses": losses, "memory": peak_memory(),
-                          "imported": imported}), flush=True)
+        times = sorted(timeit.repeat(one_step, number=1, repeat=int(line)))
+        print(json.dumps({"ms": 1e3 * times[len(times) // 2], "losses": losses[:3],
+                          "memory": f"{peak_memory():.0f} ({imported:.0f})"}), flush=True)
 
 
 def operations(L, H, C, V, B, T):
@@ -1903,50 +1804,48 @@ def operations(L, H, C, V, B, T):
     return 3 * 2 * N * (L * 12 * C * C + V * C + L * 2 * C * (T + 1) / 2)
 
 
-def peak_speed(product, threads=1, n=1024):
+def peak_speed(product, threads):
     """The speed of large matrix products, one on each thread, in GFLOP/s: the best of nine."""
-    gpt2.parallel.threads = threads
+    n = 1024
     a = np.ones((n, n), np.float32)
-    best = min(clock(gpt2.parallel, lambda i: product(a, a), range(threads))[0] for _ in range(9))
-    return threads * 2 * n**3 / best / 1e6
+    seconds = min(timeit.repeat(lambda: gpt2.parallel(lambda i: product(a, a), range(threads)),
+                                number=1, repeat=9))
+    return threads * 2 * n**3 / seconds / 1e9
 
 
-def bench_one(name, args, speed):
+def bench_one(name, turns, speed):
     """Measure one configuration and print its row; return whether the losses agree."""
-    workers = {trainer: start("-c", [code], args.threads, BENCH[name], cwd=HERE, env=os.environ,
+    workers = {trainer: start("-c", [f"{code}(*{BENCH[name]})"], cwd=HERE, env=os.environ,
                               stdin=subprocess.PIPE, stderr=None)
                for trainer, code in WORKERS.items()}
-    found = {}
+    found = {trainer: [] for trainer in WORKERS}
     steps = 3
-    for turn in range(args.turns + 1):  # the first is a warm-up
+    for turn in range(turns + 1):  # the first is a warm-up
         for trainer in WORKERS if turn % 2 == 0 else reversed(WORKERS):
             print(steps, file=workers[trainer].stdin, flush=True)
             line = workers[trainer].stdout.readline()
             gpt2.require(line, "a process of the benchmark has ended")
-            found[trainer] = json.loads(line)
+            found[trainer].append(json.loads(line))
         if turn == 0:  # a turn takes about two seconds
-            steps = max(1, min(40, int(2000 / found["ours"]["times"][0])))
+            steps = max(1, min(40, int(2000 / found["ours"][0]["ms"])))
     for worker in workers.values():
         worker.communicate()
-    ours, theirs = (found[trainer] for trainer in WORKERS)
-    ms, torch_ms = (np.median(x["times"][1:]) for x in (ours, theirs))
-    ratios = np.divide(theirs["times"], ours["times"])[1:]
-    memory, torch_memory = (f"{x['memory']:.0f} ({x['imported']:.0f})" for x in (ours, theirs))
+    ours, theirs = found.values()
+    difference = np.abs(np.subtract(ours[0]["losses"], theirs[0]["losses"])).max()
+    agreeing = bool(difference <= 2e-5)  # measured: 2e-6; without weight decay 2e-4
+    times, torch_times = ([answer["ms"] for answer in x[1:]] for x in (ours, theirs))
+    ms = np.median(times)
+    ratios = np.divide(torch_times, times)
     bound = operations(*BENCH[name]) / speed / 1e6
-    difference = np.abs(np.subtract(ours["losses"], theirs["losses"])).max()
-    # measured: 1e-6 in 200 steps of baby, 2e-4 in 8 steps of 124M
-    agreeing = bool(difference <= (1e-4 if ours["losses"][0] < 10 else 1e-3))
-    print(f"| {name} | {ms:.1f} | {torch_ms:.1f} | {np.median(ratios):.2f} ({min(ratios):.2f}-"
-          f"{max(ratios):.2f}) | {bound:.1f} ({bound / ms:.0%}) | {memory} | {torch_memory} "
-          f"| {ours['losses'][-1]:.4f} ({difference:.0e}){'' if agreeing else ' NOT OK'} |",
-          flush=True)
+    print(f"| {name} | {ms:.1f} | {np.median(torch_times):.1f} | {np.median(ratios):.2f} "
+          f"({min(ratios):.2f}-{max(ratios):.2f}) | {bound:.1f} ({bound / ms:.0%}) "
+          f"| {ours[-1]['memory']} | {theirs[-1]['memory']} "
+          f"| {difference:.0e} {'OK' if agreeing else 'NOT OK'} |", flush=True)
     return agreeing
 
 
-def bench_sampling(threads, n=64):
+def bench_sampling(n=64):
     """Print the time per token of a 124M model, and transformers' if it is installed."""
-    gpt2.parallel.threads = threads
-    torch.set_num_threads(threads)
     model = gpt2.GPT2(gpt2.GPTConfig())
     ways = {"ours": lambda: [*gpt2.generate(model, [[50256]], n, top_k=40)]}
     with contextlib.suppress(ImportError):
@@ -1956,41 +1855,39 @@ def bench_sampling(threads, n=64):
             torch.tensor([[50256]]), min_new_tokens=n, max_new_tokens=n, do_sample=True, top_k=40,
             attention_mask=torch.tensor([[1]]), pad_token_id=0)
     for name, way in ways.items():
-        times = [clock(way)[0] / n for _ in range(4)]
-        print(f"sampling one sequence, 124M, {name}: {np.median(times[1:]):.1f} ms a token")
+        times = timeit.repeat(way, number=1, repeat=4)[1:]
+        print(f"sampling one sequence, 124M, {name}: {1e3 * np.median(times) / n:.1f} ms a token")
 
 
-def bench(args):
+def bench(only, turns):
     """Print the table of the README's section on speed; return whether all losses agree."""
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(f"THE MACHINE IS BUSY (load {os.getloadavg()[0]:.1f}), which slows PyTorch more than "
               "NumPy: wait until it is idle\n")
     np.show_runtime()  # with the BLAS kernel, if threadpoolctl is installed
+    threads = gpt2.parallel.threads
+    speed = peak_speed(np.matmul, threads)
     torch.set_num_threads(1)
-    speed = peak_speed(np.matmul)
-    speed_of_all = peak_speed(np.matmul, args.threads)
-    torch_speed = peak_speed(lambda a, b: torch.from_numpy(a) @ torch.from_numpy(b))
-    print(f"one large product, GFLOP/s: numpy {speed:.0f} on one thread, {speed_of_all:.0f} on "
-          f"{args.threads}; torch {torch.__version__} {torch_speed:.0f} on one\n"
-          f"PyTorch eager, {args.threads} threads; bound: the arithmetic at that speed; memory "
-          "after the import in brackets\n\n"
+    torch_speed = peak_speed(lambda a, b: torch.from_numpy(a) @ torch.from_numpy(b), 1)
+    torch.set_num_threads(threads)
+    print(f"one large product, GFLOP/s: numpy {peak_speed(np.matmul, 1):.0f} on one thread, "
+          f"{speed:.0f} on {threads}; torch {torch.__version__} {torch_speed:.0f} on one\n"
+          f"PyTorch eager, {threads} threads; bound: the arithmetic at that speed; memory after "
+          "the import in brackets; difference of the first three losses\n\n"
           "| config | ms/step | PyTorch | ratio (min-max) | bound, ms (share) "
-          "| peak MB | PyTorch | loss (difference) |\n" + "|---" * 8 + "|", flush=True)
-    names = [args.config] if args.config else list(BENCH)
-    good = [bench_one(name, args, speed_of_all) for name in names]
-    if not args.config:
-        bench_sampling(args.threads)
+          "| peak MB | PyTorch | difference |\n" + "|---" * 8 + "|", flush=True)
+    good = [bench_one(name, turns, speed) for name in ([only] if only else BENCH)]
+    if not only:
+        bench_sampling()
     return all(good)
 
 
-@pytest.mark.parametrize("beta2, decay, status", [(0.95, 0.1, 0), (0.99, 0.1, 1), (0.95, 0.0, 1)])
-def test_bench_has_status_1_if_our_optimizer_is_another(beta2, decay, status, monkeypatch, capsys):
-    """Also by the little that differs in 83 steps."""
-    defaults = f"0.9, {beta2}, 1e-8, {decay}, 1.0"
-    code = f"import train_gpt2; train_gpt2.GPT2.update.__defaults__ = {defaults}; "
-    monkeypatch.setitem(WORKERS, "ours", code + WORKERS["ours"])
-    monkeypatch.setitem(BENCH, "tiny", [1, 2, 32, 16, 8, 16])
-    monkeypatch.setattr(sys, "argv", words("test_gpt2.py --bench --config tiny --turns 2"))
+@pytest.mark.parametrize("change, status", [("", 0), ("beta2=0.99", 1), ("weight_decay=0", 1)])
+def test_bench_has_status_1_if_our_optimizer_is_another(change, status, monkeypatch, capsys):
+    code = "import functools, train_gpt2 as g; g.GPT2.update = functools.partialmethod"
+    monkeypatch.setitem(WORKERS, "ours", f"{code}(g.GPT2.update, {change}); {WORKERS['ours']}")
+    monkeypatch.setitem(BENCH, "tiny", [2, 4, 64, 257, 4, 64])
+    monkeypatch.setattr(sys, "argv", words("test_gpt2.py --bench --config tiny --turns 1"))
     with pytest.raises(SystemExit) as end:
         gpt2.run_program(main)
     assert end.value.code == status
@@ -2005,10 +1902,9 @@ def main():
     parser.add_argument("--bench", action="store_true", help="compare the speed")
     parser.add_argument("--config", choices=BENCH, help="only one configuration")
     parser.add_argument("--turns", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--threads", type=int, default=gpt2.usable_cpus(), help="of each process")
     args = parser.parse_args()
     gpt2.require(torch, "PyTorch is missing; pip install torch==2.13.0")
-    good = bench(args) if args.bench else compare(args.init_from)
+    good = bench(args.config, args.turns) if args.bench else compare(args.init_from)
     sys.exit(0 if good else 1)
 
 
