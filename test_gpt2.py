@@ -821,10 +821,9 @@ def train(tmp_path, monkeypatch):
 
     def program(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words(*arguments)])
-        try:
+        with pytest.raises(SystemExit) as end:
             gpt2.run_program(gpt2.main)
-        except SystemExit as end:
-            return end.code
+        return end.value.code
     return program
 
 
@@ -849,8 +848,7 @@ gpt2.run_program(gpt2.main)""")
 
 def read_log(out):
     """The rows of a run's log."""
-    with open(Path(out) / "log.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(out, "log.csv").read_text().splitlines()))
 
 
 def samples(text):
@@ -882,10 +880,8 @@ def test_run_validates_on_every_token_once(B, limit, n):
 
 
 def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatch):
-    """Loss and gradient of all micro-batches before the step, the validation loss after it.
-
-    By the clock of this test, step n takes 40 n seconds, and what comes after it 1,000; a line has
-    the mean of the steps since the one before.
+    """The loss is that before the step, the validation loss that after it. By the clock here, step
+    n takes 40 n seconds, and what comes after it 1,000; a line has the mean since the one before.
     """
     times = [0, 40, 1040, 1120, 2120, 2240, 3240, 3400, 4400]
     monkeypatch.setattr(gpt2, "time", mock.Mock(perf_counter=mock.Mock(side_effect=times)))
@@ -996,9 +992,6 @@ def test_run_refuses_a_log_that_is_not_its_own_and_leaves_it(train, capsys):
         assert path.read_bytes() == changed
     path.unlink()
     assert train("--resume --steps 4") == 0 and [row["step"] for row in read_log("out")] == ["4"]
-    gpt2.write_file("notes/log.csv", [b"lr too high?"])
-    assert train(TINY, "--steps 1 --out notes") == 2 and "log.csv is not" in error_line(capsys)
-    assert os.listdir("notes") == ["log.csv"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1012,9 +1005,8 @@ def tensors_of(path):
 
 
 def write_index(path, index, numbers):
-    """A safetensors file with this index, a dict or bytes."""
-    header = index if isinstance(index, bytes) else json.dumps(index).encode()
-    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    """A safetensors file with this index, a text."""
+    Path(path).write_bytes(len(index).to_bytes(8, "little") + index.encode() + numbers)
 
 
 def edit_json(path, **changes):
@@ -1056,32 +1048,25 @@ def test_checkpoint_may_be_of_another_program(tmp_path, dtype, convert):
     index, numbers = tensors_of(path)
     for name in tensors:
         index[name]["dtype"] = dtype
-    write_index(path, dict(reversed(index.items())), numbers)
+    write_index(path, json.dumps(dict(reversed(index.items()))), numbers)
     edit_json(tmp_path / "config.json", n_inner=None, activation_function="gelu_pytorch_tanh")
     found = gpt2.GPT2.from_pretrained(tmp_path)
     assert (found.flat_params == model.flat_params).all() and found.config == SMALL
 
 
-@pytest.mark.parametrize("name, entry, message", [
-    ("h.1.mlp.c_fc.bias", None, "h.1.mlp.c_fc.bias missing or surplus"),
-    ("extra", {}, "extra missing or surplus"),
-    ("ln_f.bias", {"shape": [6, 2]}, r"ln_f.bias is \[6, 2\], in the model \[12\]"),
-    ("ln_f.bias", {"dtype": "I32"}, ""),
-    *(("ln_f.bias", {"data_offsets": offsets}, "") for offsets in [
-        1, [-96, -48], [0, 47], [10**400, 10**400 + 48], ["0", "48"]]),
-    *((None, index, "") for index in [b"[" * 10**5, b"[]", b"\xff"])])
-def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, name, entry, message):
-    """An entry of the index is removed or changed, or the whole index is this."""
+@pytest.mark.parametrize("old, new, message", [
+    ("h.1.mlp.c_fc.bias", "h.1.extra", "h.1.extra, h.1.mlp.c_fc.bias missing or surplus"),
+    ("17, 12", "12, 17", r"wte.weight is \[12, 17\], in the model \[17, 12\]"),
+    ("F32", "I32", "I32"), ("0, 816", "0, 815", "wte.weight ends at byte 815"),
+    ("0, 816", "-96, 720", ""), ("0, 816", '"0", "816"', ""), (r"\[0, 816\]", "1", ""),
+    ("0, 816", "0, 817", ""), ("0, 816", f"{10**400}, 816", ""), (".*", "[]", ""),
+    (".*", "[" * 10**5, "")])
+def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, old, new, message):
+    """Of the text of the index, the first such part, or all of it, is another."""
     saved_model(tmp_path)
     path = tmp_path / "model.safetensors"
     index, numbers = tensors_of(path)
-    if name is None:
-        index = entry
-    elif entry is None:
-        del index[f"transformer.{name}"]
-    else:
-        index[f"transformer.{name}"] = index.get(f"transformer.{name}", {}) | entry
-    write_index(path, index, numbers)
+    write_index(path, re.sub(old, new, json.dumps(index), count=1), numbers)
     with pytest.raises(gpt2.UserError, match=rf"model.safetensors: damaged, .*\(.*{message}.*\);"):
         gpt2.GPT2.from_pretrained(tmp_path)
     os.rename(path, tmp_path / "pytorch_model.bin")
@@ -1092,15 +1077,12 @@ def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, name, entry, 
 def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
     """The same tokens, logits and gradients (in float64, measured: 3e-15)."""
     files = gpt2.tokenizer_files(tokenizer, 16)
-    if tokenizer.name == "byte":
-        vocab = json.loads(files["vocab.json"])
-        assert sorted(vocab.values()) == [*range(257)] and vocab["<|endoftext|>"] == 256
-        assert [vocab[x] for x in "A~¡ÿĀĠĊŃ"] == [65, 126, 161, 255, 0, 32, 10, 173]
-    else:
-        # those of OpenAI's encoder.json and vocab.bpe
-        assert [hashlib.sha256(files[x]).hexdigest() for x in ("vocab.json", "merges.txt")] == [
-            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"]
+    vocab = json.loads(files["vocab.json"])
+    assert sorted(vocab.values()) == [*range(tokenizer.n_vocab)]
+    assert vocab["<|endoftext|>"] == tokenizer.eot_token
+    assert files["merges.txt"].startswith(b"#version: 0.2\n")
+    printable = b"".join(tokenizer.token_bytes(vocab[x]) for x in "A~¡ÿĀĠĊŃ")
+    assert printable == bytes([65, 126, 161, 255, 0, 32, 10, 173])
     transformers = pytest.importorskip("transformers")
     model = perturbed(gpt2.GPTConfig(tokenizer.n_vocab, 16, 12, 2, 3))
     gpt2.save_checkpoint(tmp_path, model, files, {})
@@ -1164,7 +1146,8 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     """The project is moved, into a folder whose name looks like a pattern. Nothing of a save that
     was left unfinished is in a checkpoint."""
     gpt2.write_file("out/unfinished/surplus", [b"half"])
-    assert train(TINY, "--steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 --prompt=-x") == 0
+    assert train(TINY, "--steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 --prompt=-x "
+                 "--train_bin tr*.bin") == 0
     checkpoint_is_whole(Path("out/step_000003"))
     os.mkdir("new[1]")
     for name in "train.bin", "val.bin", "out":
@@ -1176,6 +1159,7 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     saved = gpt2.read_state(Path("new[1]/out/step_000009"))["options"]
     assert {"seed": 9, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
     for arguments, message in [
+            ("--n_embd 32", "--n_embd 32 does not fit .*, which has 16; leave it out"),
             ("--tokenizer gpt2", "--tokenizer gpt2 does not fit .*, which has byte; leave it out"),
             ("", "--steps 9: the run has already completed that many steps; .*")]:
         assert train(resume, arguments) == 2
@@ -1192,7 +1176,6 @@ def test_checkpoint_that_has_changed_is_an_error_and_the_one_before_it_opens(tra
             ("trainer.json", b'"crc32"', b'"crc"')]:
         data = (folder / name).read_bytes()
         number = data.replace(old, new) if old else data[:-1] + bytes([data[-1] ^ 1])
-        assert number != data
         for damaged in number, data[:len(data) // 2], b"", b"{}", b"[]":
             (folder / name).write_bytes(damaged)
             assert train("--resume --steps 8") == 2
@@ -1205,10 +1188,7 @@ def test_checkpoint_that_has_changed_is_an_error_and_the_one_before_it_opens(tra
 # ------------------------------------------------------------------------------------------------
 # Data parallel training.
 
-GLOO = pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested on Linux")
-
-
-@GLOO
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested on Linux")
 @pytest.mark.parametrize("rank, name, statuses, step, message", [
     (0, "SIGTERM", [143, 143], 20, ""), (1, "SIGTERM", [143, 143], 20, ""),
     (0, "SIGKILL", [-9, 2], 15, "error: rank 1 lost the connection to another process; see"),
@@ -1227,13 +1207,11 @@ def test_processes_train_as_one_does_and_end_together(train, rank, name, statuse
     (out, err), (other_out, other_err) = map(finish, processes, statuses)
     assert message in err + other_err
     assert "processes 2," in out and "step 20 | val" not in out and other_out == ""
-    last = gpt2.checkpoints("two")[-1]
-    assert last.name == f"step_{step:06}"
-    checkpoint_is_whole(last)
+    assert gpt2.checkpoints("two")[-1] == Path(f"two/step_{step:06}")
+    checkpoint_is_whole(Path(f"two/step_{step:06}"))
     assert train("--resume --out two") == 0
     one, two = ([[float(row[name]) for name in ("loss", "norm")] for row in read_log(out)]
                 for out in ("one", "two"))
-    assert len(two) == 30
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
@@ -1287,25 +1265,19 @@ def test_split_gives_all_items_in_slices_of_about_the_same_size(parts, evenly, e
     blocks = gpt2.split(100, parts, evenly)
     assert len(blocks) == expected
     assert [i for block in blocks for i in range(100)[block]] == [*range(100)]
-    sizes = [block.stop - block.start for block in blocks]
-    assert max(sizes) - min(sizes) <= 1
+    assert all(block.stop - block.start - 100 // expected in (0, 1) for block in blocks)
 
 
 @pytest.mark.parametrize("M, J, K, n_blocks", [
     (3, 5, 7, 1), (700, 300, 90, 2), (90, 300, 700, 2), (1, 999, 20000, 2), (100, 4000, 100, 1),
-    (500, 800, 600, 6), (1700, 900, 1700, 24)])
+    (500, 400, 600, 4), (3100, 1000, 3200, 24)])
 def test_matmul_in_blocks_is_one_matmul(M, J, K, n_blocks, monkeypatch):
-    """Few blocks, none below 64 wide. Measured: 6e-7 (float32)."""
-    rng = np.random.default_rng(2)
-    a, b, out = (rng.standard_normal(shape, np.float32) for shape in [(M, J), (J, K), (M, K)])
+    """Few blocks, none below 64 wide. The layers' tests have other numbers than 1."""
     pool = mock.Mock(wraps=gpt2.parallel)
     monkeypatch.setattr(gpt2, "parallel", pool)
-    expected = out + a @ b
-    gpt2.matmul(out, a, b, add=True)
-    assert error(out, expected) < 1e-5
-    gpt2.matmul(out, a, b)
-    assert error(out, a @ b) < 1e-5
-    assert [len(call.args[1]) for call in pool.call_args_list] == [n_blocks, n_blocks]
+    out = np.full((M, K), 5.0, np.float32)
+    gpt2.matmul(out, np.ones((M, J), np.float32), np.ones((J, K), np.float32), add=True)
+    assert (out == J + 5).all() and len(pool.call_args.args[1]) == n_blocks
 
 
 def test_pool_does_every_item_once_and_nested_calls_serially():
@@ -1319,23 +1291,22 @@ def test_pool_does_every_item_once_and_nested_calls_serially():
     assert sorted(done) == [(i, j, True) for i in range(50) for j in range(3)]
 
 
-@pytest.mark.parametrize("bad", [range(20), [0], [7], [19]])
-def test_pool_raises_an_error_of_any_thread_when_all_have_finished(bad):
+def test_pool_raises_an_error_of_any_thread_when_all_have_finished():
+    """Each of four threads in turn, which have begun at once."""
     pool = gpt2.Pool(4)
-    running = []
+    start = threading.Barrier(4, timeout=30)
+    finished = []
 
     def work(item):
-        running.append(item)
-        time.sleep(0.001)
-        running.remove(item)
-        if item in bad:
+        start.wait()
+        if item == bad:
             raise ZeroDivisionError
-    for _ in range(20):
+        time.sleep(0.05)
+        finished.append((bad, item))
+    for bad in range(4):
         with pytest.raises(ZeroDivisionError):
-            pool(work, range(20))
-        assert running == [], "a helper is still at work"
-    meeting = threading.Barrier(4, timeout=30)
-    pool(lambda item: meeting.wait(), range(4))  # afterwards, four threads still work at once
+            pool(work, range(4))
+        assert sorted(finished[3 * bad:]) == [(bad, item) for item in range(4) if item != bad]
 
 
 def losses_and_numbers(n_shards):
@@ -1372,11 +1343,9 @@ def test_threads_are_limited_by_a_containers_quota(quota, expected, monkeypatch)
 
 
 @pytest.mark.parametrize("L, C, V, B, T, threads, expected", [
-    (3, 128, 257, 12, 64, 1, 1), (3, 128, 257, 12, 64, 3, 3), (3, 128, 257, 12, 64, 64, 6),
-    (3, 128, 257, 8, 24, 8, 1), (3, 128, 257, 8, 32, 8, 2),  # 128 positions for each
-    (3, 128, 257, 3, 1024, 8, 3),  # one sequence for each
-    (12, 768, 50257, 16, 64, 8, 1),  # more gradients than activations: 124M and 211M
-    (12, 768, 50257, 32, 64, 8, 3)])
+    (3, 128, 257, 12, 64, 3, 3), (3, 128, 257, 12, 64, 64, 6),  # 128 positions for each
+    (3, 128, 257, 3, 1024, 8, 3), (3, 128, 257, 1, 64, 8, 1),  # one sequence for each
+    (12, 768, 50257, 32, 64, 8, 3)])  # with 124M gradients and 422M activations
 def test_shards_are_chosen_where_they_pay(L, C, V, B, T, threads, expected):
     assert gpt2.choose_shards(gpt2.GPTConfig(V, 1024, C, L, 4), B, T, threads) == expected
 
@@ -1409,10 +1378,9 @@ def test_import_after_numpy_or_without_it_gets_one_line_on_stderr():
 def test_fork_of_a_process_that_has_trained_can_train():
     """A child has none of its parent's threads."""
     code = """if True:
-        import multiprocessing, train_gpt2 as gpt2
-        model, ids = gpt2.GPT2(gpt2.GPTConfig(257, 64, 128, 1, 4)), [[1] * 64] * 8
-        model.n_shards = gpt2.parallel.threads = 4
-        step = lambda: (model.forward(ids, ids), model.backward(), model.update(1e-3))
+        import multiprocessing, time, train_gpt2 as gpt2
+        step = lambda: gpt2.parallel(time.sleep, [0.1] * 8)
+        gpt2.parallel.threads = 4
         step()
         child = multiprocessing.get_context("fork").Process(target=step, daemon=True)
         child.start()
@@ -1444,29 +1412,27 @@ FROM = dict(model="baby", steps=None, lr=1e-4, min_lr=1e-5, seq_len=16, n_positi
     ("--model gpt2-xl", GPT2 | dict(model="gpt2-xl", n_layer=48, n_head=25, n_embd=1600)),
     ("--init_from bytes", FROM | dict(init_from="bytes", folder=Path("bytes"), vocab_size=257,
                                       n_head=2, n_embd=16)),
-    ("--init_from words", GPT2 | FROM | dict(init_from="words", folder=Path("words"), n_head=3,
-                                             n_embd=6, vocab_size=50257))])
+    ("--init_from gpt2", GPT2 | FROM | dict(init_from="gpt2", folder=Path("data/gpt2"), n_head=3,
+                                            n_embd=6, vocab_size=50257))])
 def test_command_has_these_defaults(tmp_path, monkeypatch, arguments, changes):
     """Of baby, of OpenAI's models, and to go on from a model."""
     monkeypatch.chdir(tmp_path)
     saved_model("bytes", TINY_CONFIG)
-    saved_model("words", gpt2.GPTConfig(50257, 16, 6, 1, 3))
+    saved_model("data/gpt2", gpt2.GPTConfig(50257, 16, 6, 1, 3))
     args, _ = gpt2.parse_arguments(words(arguments))
     assert vars(args) == DEFAULTS | changes
 
 
-BOUNDS = {
-    (0, 2**32): "steps warmup seed eval_tokens max_new_tokens",
-    (1, 2**32): "batch_size seq_len grad_accum log_every eval_every sample_every save_every "
-                "top_k",
-    (1, 65536): "n_layer n_head n_embd n_positions", (1, 256): "threads",
-    (0.0, 1e38): "lr min_lr weight_decay grad_clip temperature",
-    (0.0, 0.99999): "beta1 beta2", (0.0, 1.0): "top_p"}
-
-
 def test_command_refuses_numbers_out_of_bounds():
+    bounds = {
+        (0, 2**32): "steps warmup seed eval_tokens max_new_tokens",
+        (1, 2**32): "batch_size seq_len grad_accum top_k log_every eval_every sample_every "
+                    "save_every",
+        (1, 65536): "n_layer n_head n_embd n_positions", (1, 256): "threads",
+        (0.0, 1e38): "lr min_lr weight_decay grad_clip temperature",
+        (0.0, 0.99999): "beta1 beta2", (0.0, 1.0): "top_p"}
     parser = gpt2.make_parser()
-    for (low, high), names in BOUNDS.items():
+    for (low, high), names in bounds.items():
         beyond = [low - 1, high + 1] if type(low) is int else [-1e-9, high * 1.001, "inf"]
         for name in names.split():
             for value in low, high:
@@ -1488,6 +1454,7 @@ def test_command_refuses_numbers_out_of_bounds():
     ("--train_bin no*.bin --val_bin val.bin", r"no\*\.bin: no such file; make one with"),
     ("--train_bin short.bin --val_bin val.bin", "short.bin: 64 tokens are too few for --seq_len"),
     (f"{TINY} --steps 1 --out val.bin", "val.bin.*; check the path"),
+    (f"{TINY} --steps 1", "out.log.csv is not this run's log, or was edited; restore it, or move"),
     ("--init_from baby", "baby.{1,2}config.json'; check the path"),
     ("--init_from m --n_embd 32", "--n_embd 32 does not fit m, which has 16; leave it out"),
     ("--init_from m300", "m300 has another vocabulary; give the --tokenizer to use with it"),
@@ -1548,10 +1515,8 @@ def test_command_help_shows_the_defaults_of_a_model_and_tells_of_a_full_disk():
 
 def test_command_trains_a_model_that_learns_on_any_number_of_threads(tmp_path):
     """In a folder where nothing but NumPy can be imported, without a network, from Python's own
-    text. A resumed run keeps this text and the four shards it began with.
-
-    Measured: the validation loss falls from 5.55 = log 257 to 2.92 in 60 steps. Knowing how
-    frequent every byte is would give about 3.35.
+    text. A resumed run keeps this text and the four shards it began with. Measured: the validation
+    loss falls from 5.55 = log 257 to 2.92; how frequent every byte is would give about 3.35.
     """
     program = shutil.copy(TRAIN, tmp_path)
     shutil.copy(PREPRO, tmp_path)
@@ -1600,8 +1565,9 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     command = re.search("now run: python train_gpt2.py (.*)\n", out)[1]
     command = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
     assert command[4:] == ["--tokenizer", "byte", "--out", "out_my novel[1]"]
-    assert train(command, "--steps 0 --prompt The --max_new_tokens 5") == 0
-    assert re.search(r"^step 0 \| val loss 5\.\d{4}\nThe", capsys.readouterr().out, re.M)
+    assert train(command, "--steps 0 --eval_tokens 999 --prompt The --max_new_tokens 5") == 0
+    assert re.search(r"validate  (\d+) of \1 tokens in .*\nstep 0 \| val loss 5\.\d{4}\nThe",
+                     capsys.readouterr().out)
     assert not Path(command[-1]).exists()
     path.write_text("another text")
     _, err = finish(start(PREPRO, "--text", path), 2)
@@ -1610,31 +1576,24 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     assert gpt2.Tokenizer("byte").decode(ids) == text
 
 
-@pytest.mark.parametrize("program, arguments, content, message", [
-    (PREPRO, "--text novel.txt", b"", "novel.txt: the file is empty; give one with text"),
-    (PREPRO, "--text novel.txt", b"ab\xff", "novel.txt: byte 2 is not UTF-8; save it as UTF-8"),
-    (PREPRO, "--text novel.txt", b"ab", "novel: 2 characters are too few; give more text"),
-    (PREPRO, "", b"", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+@pytest.mark.parametrize("program, arguments, file, content, message", [
+    (PREPRO, "--text a.txt", "a.txt", b"", "a.txt: the file is empty; give one with text"),
+    (PREPRO, "--text a.txt", "a.txt", b"ab\xff", "a.txt: byte 2 is not UTF-8; save it as UTF-8"),
+    (PREPRO, "--text a.txt", "a.txt", b"ab", "a: 2 characters are too few; give more text"),
+    (PREPRO, "--text a.txt --tokenizer gpt2", "a.txt", b"ab", "GPT-2's tokens need tiktoken"),
+    (PREPRO, "", "data/tinyshakespeare.txt", b"ab", "tinyshakespeare.txt is another text: its SHA"),
+    (PREPRO, "", "a.txt", b"", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
      "tinyshakespeare/input.txt could not be downloaded: .*data.tinyshakespeare.txt"),
-    (PREPRO, "--tokenizer gpt2 --text novel.txt", b"ab", "GPT-2's tokens need tiktoken"),
-    (TRAIN, "--init_from gpt2", b"", "https://.*/gpt2/.* could not be downloaded: .*hf download")])
-def test_prepro_without_what_it_needs_gets_one_line(tmp_path, program, arguments, content, message):
+    (TRAIN, "--init_from gpt2", "a.txt", b"", "https://huggingface.co/openai-community/gpt2/"
+     "resolve/main/config.json could not be downloaded: .*hf download openai-community/gpt2 ")])
+def test_prepro_without_what_it_needs_gets_one_line(
+        tmp_path, program, arguments, file, content, message):
     """Run as scripts: train_gpt2.py must know the UserError of the module that prepro imports."""
-    (tmp_path / "novel.txt").write_bytes(content)
+    gpt2.write_file(tmp_path / file, [content])
     env = environment(TIKTOKEN_CACHE_DIR=tmp_path / "nothing")
     _, err = finish(start(program, arguments, cwd=tmp_path, env=env), 2)
     assert re.fullmatch(f"{program.name}: error: .*{message}.*\n", err), err
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
-
-
-def test_prepro_never_gives_another_text_the_name_of_tinyshakespeare(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = b"Ein anderer Text. " * 99
-    gpt2.write_file("data/tinyshakespeare.txt", [text])
-    with pytest.raises(gpt2.UserError, match=r"tinyshakespeare.txt is another text: its SHA-256"):
-        prepro.tinyshakespeare()
-    monkeypatch.setattr(prepro, "TEXT_SHA256", hashlib.sha256(text).hexdigest())
-    assert prepro.tinyshakespeare() == text.decode()
 
 
 def test_prepro_downloads_what_is_missing_of_a_model(tmp_path, monkeypatch):
@@ -1644,9 +1603,8 @@ def test_prepro_downloads_what_is_missing_of_a_model(tmp_path, monkeypatch):
     folder = Path("data", "gpt2-medium")
     gpt2.write_file(folder / "config.json", [b"kept"])
     assert gpt2.find_model("gpt2-medium") == folder
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {
-        "config.json": "kept", "model.safetensors": "https://huggingface.co/openai-community/"
-        "gpt2-medium/resolve/main/model.safetensors"}
+    kept, url = ((folder / name).read_text() for name in ("config.json", "model.safetensors"))
+    assert kept == "kept" and url.endswith("/gpt2-medium/resolve/main/model.safetensors")
 
 
 CONTENT = np.random.default_rng(0).bytes(300000)
