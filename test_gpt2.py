@@ -1081,6 +1081,7 @@ def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
     assert sorted(vocab.values()) == [*range(tokenizer.n_vocab)]
     assert vocab["<|endoftext|>"] == tokenizer.eot_token
     assert files["merges.txt"].startswith(b"#version: 0.2\n")
+    assert files["merges.txt"].count(b"\n") == 1 + tokenizer.n_vocab - 257
     printable = b"".join(tokenizer.token_bytes(vocab[x]) for x in "A~¡ÿĀĠĊŃ")
     assert printable == bytes([65, 126, 161, 255, 0, 32, 10, 173])
     transformers = pytest.importorskip("transformers")
