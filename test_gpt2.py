@@ -196,11 +196,6 @@ def finish(process, status=0):
     return out, err
 
 
-def read_until(text, process):
-    """Read what a process prints on stdout, up to a line with this text."""
-    assert any(text in line for line in process.stdout), process.stderr.read()
-
-
 @pytest.fixture(autouse=True)
 def leave_nothing_behind(request, monkeypatch):
     """A test ends in TEST_LIMIT seconds or all tests end, with a traceback. What it has changed is
@@ -691,9 +686,6 @@ def test_token_files_have_llm_cs_format_and_appear_whole_or_not_at_all(tmp_path)
         b"\x88\xd8\x34\x01\1\0\0\0\3\0\0\0" + bytes(253 * 4) + b"\1\0\2\0\x50\xc4")
 
 
-write_token_file = gpt2.write_tokens
-
-
 def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
     for name, tokens in ("t2", [5, 6]), ("t1", [1, 2, 3]), ("n[1]", [9, 9]), ("n1", [8, 8]):
         gpt2.write_tokens(tmp_path / f"{name}.bin", tokens)
@@ -1060,9 +1052,10 @@ sys.argv[-1] = f"k{run}" """), options, "--out k"))
 def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     """The project is moved, into a folder whose name looks like a pattern. Nothing of a save that
     was left unfinished is in a checkpoint."""
+    saved_model("m", TINY_CONFIG)
     gpt2.write_file("out/unfinished/surplus", [b"half"])
-    assert train(TINY, "--steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 --prompt=-x "
-                 "--train_bin tr*.bin") == 0
+    assert train(TINY, "--init_from m --steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 "
+                 "--prompt=-x --train_bin tr*.bin") == 0
     checkpoint_is_whole(Path("out/step_000003"))
     os.mkdir("new[1]")
     for name in "train.bin", "val.bin", "out":
@@ -1070,7 +1063,7 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     resume = "--resume --out new[1]/out"
     assert train(resume, "--steps 9 --lr 0.02 --warmup 0 --threads 1") == 0
     rates = [float(row["lr"]) for row in read_log("new[1]/out")]
-    assert len(rates) == 9 and rates[7] == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-4))
+    assert len(rates) == 9 and rates[7] == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-5))
     saved = gpt2.read_state(Path("new[1]/out/step_000009"))["options"]
     assert {"seed": 9, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
     for arguments, message in [
@@ -1325,10 +1318,10 @@ FROM = dict(model="baby", steps=None, lr=1e-4, min_lr=1e-5, seq_len=16, n_positi
     ("--model gpt2-medium", GPT2 | dict(model="gpt2-medium", n_layer=24, n_head=16, n_embd=1024)),
     ("--model gpt2-large", GPT2 | dict(model="gpt2-large", n_layer=36, n_head=20, n_embd=1280)),
     ("--model gpt2-xl", GPT2 | dict(model="gpt2-xl", n_layer=48, n_head=25, n_embd=1600)),
-    ("--init_from bytes", FROM | dict(init_from="bytes", folder=Path("bytes"), vocab_size=257,
-                                      n_head=2, n_embd=16)),
+    ("--init_from bytes", FROM | dict(init_from="bytes", folder=Path("bytes"), n_head=2,
+                                      n_embd=16)),
     ("--init_from gpt2", GPT2 | FROM | dict(init_from="gpt2", folder=Path("data/gpt2"), n_head=3,
-                                            n_embd=6, vocab_size=50257))])
+                                            n_embd=6))])
 def test_command_has_these_defaults(tmp_path, monkeypatch, arguments, changes):
     """Of baby, of OpenAI's models, and to go on from a model."""
     monkeypatch.chdir(tmp_path)
@@ -1380,7 +1373,7 @@ def test_command_that_cannot_run_gets_one_line_and_changes_nothing(
         train, monkeypatch, capsys, arguments, message):
     saved_model("m", TINY_CONFIG)
     saved_model("m300", gpt2.GPTConfig(300, 16, 16, 1, 2))
-    write_token_file("short.bin", range(64))
+    gpt2.write_tokens("short.bin", range(64))
     gpt2.write_file("out/log.csv", [b"of another run"])
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for module in "prepro_tinyshakespeare", "tiktoken":
@@ -1409,7 +1402,7 @@ def test_command_needs_memory_for_what_it_does(train, monkeypatch, capsys, argum
     """Parameters and activations (693 numbers a position); for training, also two moments and the
     gradients of every shard. Systems without os.sysconf have enough until NumPy has not."""
     saved_model("m", TINY_CONFIG)
-    write_token_file("train.bin", range(17))  # one window
+    gpt2.write_tokens("train.bin", range(17))  # one window
     for memory, status in (n_bytes, 0), (n_bytes - 1, 2):
         monkeypatch.setattr(os, "sysconf", lambda name: memory if "PHYS" in name else 1, False)
         assert train("--init_from m", arguments, "--out", memory) == status
@@ -1445,7 +1438,7 @@ def test_command_trains_a_model_that_learns_on_any_number_of_threads(tmp_path):
     result = result_of(tmp_path / "out", 60)
     shutil.rmtree(tmp_path / "out" / "step_000060")
     for part in "train", "val":
-        write_token_file(tmp_path / f"data/tinyshakespeare_byte_{part}.bin")
+        gpt2.write_tokens(tmp_path / f"data/tinyshakespeare_byte_{part}.bin", range(20))
     again, _ = finish(start(program, "--resume --threads 1", cwd=tmp_path))
     assert result_of(tmp_path / "out", 60) == result
     assert "shards 4, threads 4\n" in out and "shards 4, threads 1\n" in again

@@ -1922,7 +1922,7 @@ def parse_arguments(argv):
         folder = find_model(first.init_from)
         sizes = asdict(read_config(folder))
         names = {size: name for name, size in Tokenizer.sizes.items()}
-        tokenizer = names.get(sizes["vocab_size"])
+        tokenizer = names.get(sizes.pop("vocab_size"))  # it is no option
         preset = LARGE if tokenizer == "gpt2" else {}
         parser.set_defaults(**preset | sizes | FINE_TUNING | {"tokenizer": tokenizer})
     elif first.resume:
