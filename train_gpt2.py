@@ -39,7 +39,7 @@ Letters, for the shapes of arrays (heads, blocks and layers are explained where 
     V  tokens in the vocabulary    L  blocks
     N  = B*T positions; row b*T + t is position t of sequence b
     K  outputs of a linear layer
-    S  positions that attention can read: T; in sampling, also earlier ones that were kept
+    S  positions that attention can read: T; when text is generated, also earlier, kept ones
 
 The network, with the shapes of what it computes:
 
@@ -66,7 +66,7 @@ The rules:
     arrays are therefore allocated once, and their type decides between float32 and float64.
   - An activation is an array that the network computes. Backward functions overwrite the gradients
     of activations but add to those of parameters, because a parameter is used more than once: at
-    all positions, in all batches of a step and, one of them, in two layers.
+    all positions, in every batch of a step (there can be several); one even in two layers.
 
 Functions appear in the order in which data flows through them, up to the training loop and
 sampling. The rest supports the loop. Start at Layers; of the lines above it, read only by_rows's
@@ -142,8 +142,8 @@ def by_rows(names, sums="", heads=False):
     """Decorate a function whose rows are independent, so that threads can divide the rows.
 
     Read a decorated function as if it received whole arrays: the result is the same. (How: see
-    Threads.) `names` lists the arguments that are cut into blocks: of rows, or of sequences and
-    heads if `heads` is true. `sums` lists arrays to which every block adds, such as dweight. All
+    Threads.) `names` lists the arguments that are cut into parts: of rows, or of sequences and
+    heads if `heads` is true. `sums` lists arrays to which every part adds, such as dweight. All
     others are passed whole.
     """
     def decorate(function):
@@ -183,7 +183,7 @@ def embedding_forward(out, ids, wte, wpe):
 #     dwte_i = sum of dout_bt over all (b,t) with ids_bt = i,    dwpe_t = sum_b dout_bt
 #
 # `dwte[ids.ravel()] += dout` would be silently wrong: when an id occurs twice, NumPy adds
-# only one of its gradients. np.add.at would be right; sums of sorted runs are faster.
+# only one of its gradients. np.add.at would be right; sorting and summing equal ids is faster.
 def embedding_backward(dwte, dwpe, dout, ids):
     """Add to dwte (V,C) and dwpe (T or more,C), from dout (N,C) and ids (B,T).
 
@@ -200,7 +200,7 @@ def embedding_backward(dwte, dwpe, dout, ids):
     order = np.argsort(ids, axis=None, kind="stable")  # the same order of sums on every machine
     sorted_ids = ids.ravel()[order]
     starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))  # where the id changes
-    dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)  # sums of the runs
+    dwte[sorted_ids[starts]] += np.add.reduceat(dout[order], starts, axis=0)  # sums of equal ids
 
 
 # Layer normalization. The numbers in the residual stream grow with every branch that adds to it;
@@ -251,9 +251,8 @@ def layernorm_forward(out, inp, weight, bias):
 #
 #     dx_j = rstd (dxhat_j - avg(dxhat) - xhat_j avg(dxhat xhat))
 #
-# one term for each of the three ways. As a check: adding a number to the whole row changes
-# nothing, so sum_j dx_j = 0; doubling all x_j - mean changes nothing (but for eps), so
-# sum_j dx_j xhat_j = 0.
+# one term for each of the three ways. As a check: adding a number to the whole row changes nothing,
+# so sum_j dx_j = 0; scaling all x_j - mean changes nothing (but for eps), so sum_j dx_j xhat_j = 0.
 @by_rows("dinp dout inp", sums="dweight dbias")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight):
     """Write dinp (N,C), which may be the array dout; add to dweight (C,) and dbias (C,).
@@ -430,7 +429,7 @@ def attention_weights(q, k, lse):
 #        ∂e_s/∂score_r = [s=r] e_s and ∂Z/∂score_r = e_r, the quotient rule gives
 #            ∂att_s/∂score_r = ([s=r] e_s Z - e_s e_r) / Z^2 = att_s ([s=r] - att_r)
 #            dscore_r = sum_s datt_s ∂att_s/∂score_r = att_r (datt_r - sum_s datt_s att_s)
-#        The sum is the same for all r of a row; call it delta. With out, it has D terms, not S:
+#        The sum is the same for all r of a row; call it delta. Using out, it has D terms, not S:
 #            delta = sum_s datt_s att_s = sum_s sum_d dout_d v_sd att_s = sum_d dout_d out_d
 #     1. score_ts = sum_d q_td k_sd / sqrt(D) is a matrix product again:
 #            dq_td = sum_s dscore_ts k_sd / sqrt(D),    dk_sd = sum_t dscore_ts q_td / sqrt(D)
@@ -581,7 +580,7 @@ def crossentropy_backward(dlogits, dloss, lse, logits, targets):
 #     hidden, gelu   (N,4C)     the MLP before and after GELU (4 is GPT-2's choice)
 # and, for the backward pass, arrays shared by all blocks:
 #     dx             (N,C)      gradient of the residual stream (see block_backward)
-#     dbranch        (N,C)      of ln_2, x_mid, attended, ln_1, x in turn; dheads is its view
+#     dbranch        (N,C)      gradient of ln_2, x_mid, attended, ln_1, x in turn; view: dheads
 #     dhidden        (N,4C)     gradient of gelu, then of hidden
 #     dqkv           (N,3C)     gradient of qkv; dq, dk, dv are its views
 #
@@ -618,7 +617,7 @@ def block_forward(a, p, cache=None):
 def block_backward(g, a, p):
     """Turn a.dx (N,C), the gradient of a.out, into that of a.x; add to the gradients g.
 
-    Each line ends with the array whose gradient it computes; of x_mid and x, the branch's part.
+    Each line ends with the array whose gradient it computes (x_mid, x: only the branch's part).
     """
     linear_backward(a.dhidden, *g.mlp.c_proj, a.dx, a.gelu, p.mlp.c_proj.weight)     # gelu
     gelu_backward(a.dhidden, a.dhidden, a.hidden)                                    # hidden
@@ -680,9 +679,9 @@ def network_backward(g, a, p, ids, targets, dloss):
 #
 # m and v start at 0, so at first they are too small. With the same g in every step, m would be
 # (1 - beta1) (1 + beta1 + ... + beta1^(t-1)) g = (1 - beta1^t) g. mhat divides by that factor, and
-# vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0. Only parameters that the data keep
-# pushing stay large, so what is special to single texts leaves little trace. The code works on m
-# and v directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
+# vhat by 1 - beta2^t. Weight decay pulls a parameter toward 0. It stays large only if the data keep
+# pushing it, so what is special to single texts leaves little trace. The code works on m and v
+# directly: with root = sqrt(1 - beta2^t), sqrt(vhat) = sqrt(v) / root, and so
 #
 #     lr mhat / (sqrt(vhat) + eps) = rate m / (sqrt(v) + root eps),   rate = lr root / (1 - beta1^t)
 @by_rows("params m v grads")
@@ -785,7 +784,7 @@ def by_layer(arrays):
     """{"h.0.ln_1.weight": w, "h.0.ln_1.bias": b, ...} -> p, where p.h[0].ln_1 is Layer(w, b)."""
     p = SimpleNamespace()
     for name in dict.fromkeys(name.rpartition(".")[0] for name in arrays):  # each layer once
-        *path, last = name.split(".")
+        *path, last = name.split(".")  # "h", "0" and "ln_1"
         place = p
         for part in path:
             place = vars(place).setdefault(part, SimpleNamespace())
@@ -856,10 +855,10 @@ class GPT2:
             if param.ndim == 1:  # layernorm's weights are 1, biases 0
                 param[...] = 1 if name.endswith(".weight") else 0
             else:
-                # Random, as equal channels would stay equal; GPT-2's standard deviation is 0.02.
-                # The residual stream adds up 2L branches, each ending in a c_proj. Variances of
-                # independent numbers add, so the sum is about sqrt(2L) times as large as one
-                # branch: c_proj's weights are divided by that.
+                # Random: equal channels would get equal gradients, and stay equal. The standard
+                # deviation 0.02 is GPT-2's. The residual stream adds up 2L branches, each ending in
+                # a c_proj. Variances of independent numbers add, so the sum is about sqrt(2L) times
+                # as large as one branch: c_proj's weights are divided by that.
                 rng.standard_normal(dtype=param.dtype, out=param)
                 param *= 0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1)
 
@@ -1025,7 +1024,7 @@ def sample(logits, temperature, top_k, top_p, rng):
 
     The probabilities are softmax(logits / temperature): a temperature below 1 favours likely tokens
     more, and 0 always takes the most likely one. top_k keeps the k most likely tokens. Of these,
-    top_p keeps the fewest, most likely first, whose sum reaches the share top_p of the total
+    top_p takes the most likely, one by one, until their sum reaches the share top_p of the total
     (Holtzman et al. 2020, section 3.1). Raises UserError for a temperature or top_p below 0 and for
     a top_k below 1.
 
@@ -1085,7 +1084,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         if ids.shape[1] - start > context:
             start = ids.shape[1] - max(1, context * 3 // 4)
             past = 0
-        for new in np.split(ids[:, start + past:], range(64, ids.shape[1] - start - past, 64), 1):
+        rest = ids[:, start + past:]  # not yet in the cache
+        for new in np.split(rest, range(64, rest.shape[1], 64), axis=1):
             past += new.shape[1]
             logits = model.forward(new, cache=cache[..., :past, :])
         token = sample(logits[:, -1], temperature, top_k, top_p, rng)
