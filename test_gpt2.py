@@ -430,7 +430,7 @@ def test_model_activation_count_is_what_is_allocated():
 
 
 def test_model_gives_new_arrays_and_copies_what_it_is_given():
-    """Ids may be lists, or of another type."""
+    """Ids may be lists, or of another type. A copy of the model has its gradients, too."""
     model = perturbed(SMALL)
     ids, targets = random_ids(SMALL, 2, 5)
     expected = torch_results(model, ids, targets)
@@ -440,7 +440,8 @@ def test_model_gives_new_arrays_and_copies_what_it_is_given():
     ids[...] = 1
     targets[...] = 2
     model.backward()
-    agree({"loss": np.array(loss), "logits": logits} | model.grads, expected, 2e-14)
+    ours = {"loss": np.array(loss), "logits": logits} | copy.deepcopy(model).grads
+    agree(ours, expected, 2e-14)
 
 
 def test_model_initialisation_is_gpt2s():
@@ -481,10 +482,11 @@ def test_model_after_an_interrupt_is_as_good_as_new(name, call):
 
 
 @pytest.mark.parametrize("ids, targets, message", [
-    ([1, 2], None, r"ids must be .* \(2,\)"), ([[]], None, r"\(1, 0\)"), ([[1.5]], None, "float64"),
-    ([[True]], None, "bool"), ([[[1]]], None, r"\(1, 1, 1\)"), ([[3, -1]], None, r"-1\.\.3"),
-    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[1]], [[17]], "targets are in 17"),
-    ([[0] * 9], None, r"T in 1\.\.8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)")])
+    ([1, 2], None, r"ids must be .* \(2,\)"), (np.empty((1, 0), int), None, r"\(1, 0\)"),
+    ([[1.5]], None, "float64"), ([[True]], None, "bool"), ([["1"]], None, "integers.*<U1"),
+    ([[[1]]], None, r"\(1, 1, 1\)"), ([[3, -1]], None, r"-1\.\.3"), ([[1]], [[17]], "targets are"),
+    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[0] * 9], None, r"T in 1\.\.8, not"),
+    ([[1, 2]], [[1]], r"targets .*\(1, 1\)")])
 def test_model_refuses_ids_that_do_not_fit(ids, targets, message):
     with pytest.raises(gpt2.UserError, match=message):
         gpt2.GPT2(SMALL).forward(ids, targets)
@@ -504,38 +506,31 @@ def test_model_backward_needs_a_forward_with_targets_each_time():
 # ------------------------------------------------------------------------------------------------
 # The optimizer.
 
-@pytest.mark.parametrize("decay, clip", [(0.1, 1.0), (0.0, 0.0), (0.5, 0.3)])
-def test_adamw_matches_torch(decay, clip):
-    """Ten steps at a high learning rate, where errors add up. Measured: 7e-16. The norms of the
+@pytest.mark.parametrize("options", [
+    {}, dict(weight_decay=0, grad_clip=0),
+    dict(beta1=0.8, beta2=0.97, eps=1e-3, weight_decay=0.5, grad_clip=0.3)])
+def test_adamw_matches_torch(options):
+    """Ten steps at a high learning rate, where errors add up. Measured: 5e-16. The norms of the
     gradients are about 0.3, 3 and 30, so some are clipped and some are not. Between the steps, a
     gradient that is not finite changes nothing."""
-    model = perturbed(gpt2.GPTConfig(257, 64, 64, 2, 4))
+    model = perturbed(gpt2.GPTConfig(257, 64, 64, 4, 4))
     rng = np.random.default_rng(0)
     p = torch_params(model)
-    groups = [{"params": [x for x in p.values() if x.ndim == n], "weight_decay": d}
-              for n, d in ((1, 0.0), (2, decay))]
-    reference = torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.97), eps=1e-3)
+    o = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0) | options
+    groups = [{"params": [x for x in p.values() if x.ndim == n], "weight_decay": decay}
+              for n, decay in ((1, 0.0), (2, o["weight_decay"]))]
+    reference = torch.optim.AdamW(groups, lr=0.05, betas=(o["beta1"], o["beta2"]), eps=o["eps"])
     for step in range(10):
         model.grads["ln_f.bias"][3] = [np.nan, np.inf][step % 2]
         assert not math.isfinite(model.update(0.05))
         model.flat_grads += rng.normal(0, 10.0 ** (step % 3 - 3), model.flat_grads.size)
         for name, x in p.items():
             x.grad = torch.tensor(model.grads[name])
-        norm = torch.nn.utils.clip_grad_norm_(p.values(), clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(p.values(), o["grad_clip"] or math.inf).item()
         reference.step()
-        assert model.update(0.05, 0.8, 0.97, 1e-3, decay, clip) == pytest.approx(norm, rel=1e-12)
+        assert model.update(0.05, **options) == pytest.approx(norm, rel=1e-12)
         assert not model.flat_grads.any() and model.step == step + 1
     agree(model.params, p, 1e-14)
-
-
-def test_adamw_and_model_follow_torch_for_ten_steps_of_training():
-    """The benchmark's functions, in float32, with update()'s defaults. Measured: 1e-6."""
-    model = gpt2.GPT2(gpt2.GPTConfig(257, 64, 64, 4, 4))
-    batch = random_ids(model.config, 4, 64)
-    theirs, ours = ([step(*batch) for _ in range(10)]
-                    for step in (torch_trainer(model), our_trainer(model)))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert ours[-1] < ours[0] - 0.3
 
 
 @pytest.mark.parametrize("warmup, expected", [(0, [0.85, 0.55, 0.4]), (1, [1, 0.7, 0.4]),
@@ -549,22 +544,19 @@ def test_learning_rate_at_its_corners(warmup, expected):
 # ------------------------------------------------------------------------------------------------
 # The training loop.
 
-TOKENS = np.random.default_rng(4).integers(17, size=50)
-
-
-@pytest.mark.parametrize("grad_accum, shards", [(1, 1), (3, 2)])
-def test_train_takes_steps_on_the_mean_of_all_micro_batches(grad_accum, shards):
+def test_train_takes_steps_on_the_mean_of_all_micro_batches():
     """As forward, backward and update with all of a step's windows at once. Measured: 2e-12."""
     model = perturbed(SMALL)
-    model.n_shards = shards
+    model.n_shards = 2
     by_hand = copy.deepcopy(model)
     model.forward = mock.Mock(wraps=model.forward)
+    rng = np.random.default_rng(0)
     options = dict(beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.5)
-    steps = gpt2.train(model, TOKENS, 4, 2, 5, lambda step: 0.01 * step, np.random.default_rng(0),
-                       grad_accum, **options)
+    steps = gpt2.train(model, rng.integers(17, size=50), 4, 2, 5, lambda step: 0.01 * step, rng,
+                       grad_accum=3, **options)
     for number, (step, loss, norm) in enumerate(steps, 1):
         batch = np.concatenate([call.args for call in model.forward.call_args_list], axis=1)
-        assert batch.shape == (2, 2 * grad_accum, 5)
+        assert batch.shape == (2, 6, 5)
         model.forward.reset_mock()
         assert step == number and loss == pytest.approx(by_hand.forward(*batch), rel=1e-13)
         by_hand.backward()
@@ -573,19 +565,17 @@ def test_train_takes_steps_on_the_mean_of_all_micro_batches(grad_accum, shards):
     assert number == 4
 
 
-@pytest.mark.parametrize("n", [23, 6])
-def test_train_draws_every_window_equally_often(n):
-    """3,600 draws of 5 + 1 of n tokens, from n - 5 starts, within 5 sigma."""
+def test_train_draws_every_window_equally_often():
+    """3,600 draws of 5 + 1 of 23 tokens, from 18 starts, within 5 sigma."""
     model = gpt2.GPT2(gpt2.GPTConfig(32, 5, 4, 1, 1))
     model.forward = mock.Mock(wraps=model.forward)
-    tokens = np.arange(5, 5 + n, dtype=np.uint16)
+    tokens = np.arange(5, 28, dtype=np.uint16)
     [*gpt2.train(model, tokens, 6, 600, 5, lambda step: 1e-3, np.random.default_rng(0))]
     ids, targets = np.concatenate([x.args for x in model.forward.call_args_list], axis=1)
     starts = ids[:, 0] - 5
     assert (ids == tokens[starts[:, None] + np.arange(5)]).all() and (targets == ids + 1).all()
-    counts = np.bincount(starts)
-    assert len(counts) == n - 5
-    assert np.abs(counts - 3600 / (n - 5)).max() <= 5 * math.sqrt(3600 / (n - 5))
+    counts = np.bincount(starts, minlength=18)
+    assert len(counts) == 18 and np.abs(counts - 200).max() <= 5 * math.sqrt(200)
 
 
 # ------------------------------------------------------------------------------------------------
