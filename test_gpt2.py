@@ -365,17 +365,15 @@ def test_docstrings_have_examples_that_run():
 # ------------------------------------------------------------------------------------------------
 # The network and the model.
 
-@DTYPES
 @pytest.mark.parametrize("config, B, T, shards", [
     (gpt2.GPTConfig(57, 64, 32, 11, 1), 3, 64, 2),  # the full context, 11 blocks, one head
     (gpt2.GPTConfig(31, 128, 36, 2, 3), 11, 128, 4)])
-def test_model_and_network_match_torch(config, B, T, shards, dtype):
-    """Measured: 4e-15 in float64 and 1.4e-6 in float32."""
-    model = perturbed(config, dtype)
+def test_model_and_network_match_torch(config, B, T, shards):
+    """Measured: 4e-15. The table compares in float32."""
+    model = perturbed(config)
     model.n_shards = shards
     for seed in 1, 2:  # the second time, nothing of the first is left
-        gradients_agree(model, *random_ids(config, B, T, seed),
-                        3e-14 if dtype == np.float64 else 2e-5)
+        gradients_agree(model, *random_ids(config, B, T, seed), 3e-14)
     assert len(model.shards) == shards
 
 
@@ -455,7 +453,6 @@ def test_model_after_an_interrupt_is_as_good_as_new(name, call):
         time.sleep(0.001)  # the other threads are still at work
     with mock.patch.object(gpt2, name, interrupted), pytest.raises(KeyboardInterrupt):
         step(*batch)
-    assert not model.flat_grads.any() or model.unfinished
     twin = copy.deepcopy(model)
     twin.flat_grads[...] = 0
     assert step(*batch) == our_trainer(twin)(*batch)
@@ -510,7 +507,6 @@ def test_adamw_matches_torch(options):
         norm = torch.nn.utils.clip_grad_norm_(p.values(), o["grad_clip"] or math.inf).item()
         reference.step()
         assert model.update(0.05, **options) == pytest.approx(norm, rel=1e-12)
-        assert not model.flat_grads.any() and model.step == step + 1
     agree(model.params, p, 1e-14)
 
 
@@ -615,8 +611,8 @@ def test_generate_refuses_a_wrong_prompt_and_options_out_of_bounds():
 @pytest.fixture(params=["byte", "gpt2"])
 def tokenizer(request, monkeypatch):
     """A tokenizer; GPT-2's if its merges are here, as tests do not download them."""
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", HERE / "data" / "tiktoken"))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    monkeypatch.setattr(gpt2, "DATA", HERE / "data")
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", gpt2.DATA / "tiktoken"))
     if request.param == "gpt2" and not list(folder.glob("*")):
         pytest.skip(f"GPT-2's merges are missing; {PREPRO.name} --tokenizer gpt2 gets them")
     return gpt2.Tokenizer(request.param)
@@ -636,9 +632,8 @@ def test_tokens_decode_to_the_text_they_came_from(tokenizer):
     assert tokenizer.encode("Hello world<|endoftext|>") == expected[tokenizer.name]
 
 
-def test_token_counts_of_the_real_text(tokenizer, monkeypatch):
+def test_token_counts_of_the_real_text(tokenizer):
     """Bytes as for nanoGPT's shakespeare_char; GPT-2's tokens as in llm.c."""
-    monkeypatch.setattr(gpt2, "DATA", HERE / "data")
     if not (gpt2.DATA / "tinyshakespeare.txt").exists():
         pytest.skip(f"{gpt2.DATA}/tinyshakespeare.txt is missing; {PREPRO.name} downloads it")
     counts = {"byte": [1003854, 111540], "gpt2": [305260, 32768]}
@@ -1759,10 +1754,9 @@ def bench_worker(L, H, C, V, B, T):
 
 def operations(L, H, C, V, B, T):
     """The floating-point operations that the matrix products of one step need."""
-    # Forward, each of the B T positions meets every weight of the linear layers, 12 C^2 in a block
-    # and V C for the logits, and in every block the keys, and then the values, of (T + 1)/2
-    # positions on average, C numbers each. A meeting is a multiplication and an addition. The
-    # backward pass has two products for each of the forward pass.
+    # Each of the B T positions meets every weight of the linear layers, 12 C^2 in a block and V C
+    # for the logits, and in every block the C numbers of the keys, then of the values, of (T + 1)/2
+    # positions on average: a multiplication and an addition each. Backward has twice as many.
     return 3 * 2 * B * T * (L * 12 * C * C + V * C + L * 2 * C * (T + 1) / 2)
 
 
