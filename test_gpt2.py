@@ -62,28 +62,22 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 # ------------------------------------------------------------------------------------------------
 # GPT-2 in PyTorch. p is {name: tensor}, under the names of gpt2.parameter_table.
 
-def torch_block(p, h, n_head, x):
-    """The block named h, "h.0" for the first: x (B,T,C) -> (B,T,C)."""
-    def layernorm(x, name):
-        return F.layer_norm(x, x.shape[-1:], p[f"{h}.{name}.weight"], p[f"{h}.{name}.bias"])
-
-    def linear(x, name):
-        return F.linear(x, p[f"{h}.{name}.weight"].T, p[f"{h}.{name}.bias"])
-    qkv = linear(layernorm(x, "ln_1"), "attn.c_attn").chunk(3, dim=2)
-    q, k, v = (y.unflatten(2, (n_head, -1)).transpose(1, 2) for y in qkv)
-    heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + linear(heads.transpose(1, 2).flatten(2), "attn.c_proj")
-    hidden = linear(layernorm(x, "ln_2"), "mlp.c_fc")
-    return x + linear(F.gelu(hidden, approximate="tanh"), "mlp.c_proj")
-
-
 def torch_gpt2(p, config, ids, targets):
     """ids (B,T), targets (B,T) -> logits (B,T,V) and the mean loss."""
+    def layernorm(x, name):
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, p[f"{name}.weight"].T, p[f"{name}.bias"])
     x = p["wte.weight"][ids] + p["wpe.weight"][:ids.shape[1]]
     for i in range(config.n_layer):
-        x = torch_block(p, f"h.{i}", config.n_head, x)
-    x = F.layer_norm(x, x.shape[-1:], p["ln_f.weight"], p["ln_f.bias"])
-    logits = F.linear(x, p["wte.weight"])
+        qkv = linear(layernorm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=2)
+        q, k, v = (y.unflatten(2, (config.n_head, -1)).transpose(1, 2) for y in qkv)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(heads.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
+        hidden = linear(layernorm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + linear(F.gelu(hidden, approximate="tanh"), f"h.{i}.mlp.c_proj")
+    logits = F.linear(layernorm(x, "ln_f"), p["wte.weight"])
     return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -167,8 +161,7 @@ def words(*arguments):
 
 
 def environment(**settings):
-    """This environment without settings for Python and threads, and without a network: every proxy
-    is a closed port."""
+    """This environment without settings for Python and threads; every proxy is a closed port."""
     closed = "http://127.0.0.1:9"
     settings = dict(http_proxy=closed, https_proxy=closed, no_proxy="") | settings
     kept = {n: x for n, x in os.environ.items() if not re.match("PYTHON|OPENBLAS|.*_THREADS$", n)}
@@ -179,12 +172,10 @@ TEST_LIMIT = 600  # seconds; also on a machine that is ten times as slow
 STARTED = []  # processes of a test
 
 
-def start(*arguments, cwd=None, **options):
-    """Python as a process: start(TRAIN, "--steps 2"), or start("-c", ["some code"]). `options` are
-    Popen's, such as env=environment(RANK=1)."""
+def start(*arguments, **options):
+    """Python as a process: start(TRAIN, "--steps 2"), start("-c", [code]); options are Popen's."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | options
-    process = subprocess.Popen([sys.executable, *words(*arguments)], cwd=cwd, text=True,
-                               encoding="utf-8", **options)
+    process = subprocess.Popen([sys.executable, *words(*arguments)], encoding="utf-8", **options)
     STARTED.append(process)
     return process
 
@@ -198,8 +189,7 @@ def finish(process, status=0):
 
 @pytest.fixture(autouse=True)
 def leave_nothing_behind(request, monkeypatch):
-    """A test ends in TEST_LIMIT seconds or all tests end, with a traceback. What it has changed is
-    restored."""
+    """A test ends in time, or all do with a traceback. What it has changed is restored."""
     assert torch, "PyTorch is missing; pip install torch==2.13.0"
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         terminal = os.dup(2)  # the stderr that pytest does not capture
@@ -207,7 +197,6 @@ def leave_nothing_behind(request, monkeypatch):
     monkeypatch.setattr(gpt2.parallel, "threads", gpt2.parallel.threads)
     with mock.patch.dict(os.environ):
         yield
-    gpt2.STOP.clear()
     while STARTED:
         process = STARTED.pop()
         process.kill()
@@ -229,8 +218,8 @@ def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
     """To test a new layer, add a row: its arrays, the same in PyTorch, what can be in place.
 
     The first word of the name is the layer's; the arrays have the names of its arguments. PyTorch's
-    function takes the arrays that have a gradient and gives `out`. "dinp dout" says that the
-    backward function may write dinp over dout.
+    function takes the arrays that have a gradient and gives `out`. "dinp dout": the backward
+    function may write dinp over dout.
     """
     N = B * T
     rng = np.random.default_rng(0)
@@ -245,32 +234,31 @@ def layers(dtype=np.float64, B=2, T=5, H=3, C=12, K=7, V=17):
     return {
         "embedding": (
             dict(wte=new(V, C), wpe=new(T + 3, C), ids=ids, out=new(N, C)),
-            lambda wte, wpe: (wte[ids] + wpe[:T]).flatten(0, 1), [""]),
+            lambda wte, wpe: (wte[ids] + wpe[:T]).flatten(0, 1), None),
         "layernorm": (
             dict(inp=new(N, C), weight=new(C), bias=new(C), out=new(N, C)),
-            lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias), ["", "dinp dout"]),
+            lambda inp, weight, bias: F.layer_norm(inp, (C,), weight, bias), "dinp dout"),
         "linear": (
             dict(inp=new(N, C), weight=new(C, K), bias=new(K), out=new(N, K)),
-            lambda inp, weight, bias: F.linear(inp, weight.T, bias), [""]),
+            lambda inp, weight, bias: F.linear(inp, weight.T, bias), None),
         "linear with tied weights": (
             dict(inp=new(N, C), weight=new(V, C).T, out=new(N, V)),
-            lambda inp, weight: inp @ weight, [""]),
-        "attention": (attention(T), torch_attention, [""]),
-        "attention with a cache": (attention(T + 60), torch_attention, [""]),
+            lambda inp, weight: inp @ weight, None),
+        "attention": (attention(T), torch_attention, None),
+        "attention with a cache": (attention(T + 60), torch_attention, None),
         "gelu": (
             dict(inp=new(N, K), out=new(N, K)),
-            lambda inp: F.gelu(inp, approximate="tanh"), ["", "dinp dout"]),
+            lambda inp: F.gelu(inp, approximate="tanh"), "dinp dout"),
         "crossentropy": (  # its output is called losses; the gradient of each is the same number
             dict(logits=new(N, V), targets=ids.ravel(), lse=new(N, 1), out=new(N), dloss=3.0,
                  dout=np.full(N, 3, dtype)),
             lambda logits: F.cross_entropy(logits, torch.tensor(ids.ravel()), reduction="none"),
-            ["", "dlogits logits"])}
+            "dlogits logits")}
 
 
 LAYER_NAMES = list(dict.fromkeys(name.split()[0] for name in layers()))
 FUNCTIONS = [f"{name}_{way}" for name in LAYER_NAMES for way in ("forward", "backward")]
-LAYERS = pytest.mark.parametrize("name, in_place", [
-    (name, in_place) for name, (_, _, ways) in layers().items() for in_place in ways])
+LAYERS = pytest.mark.parametrize("name", layers())
 SIZES = {"small": {}, "eight chunks of queries": dict(T=600, H=5, C=20),
          "several blocks of rows": dict(B=7, T=151, C=252, K=250, V=260)}
 
@@ -281,7 +269,7 @@ def run_layer(name, in_place, size="small", dtype=np.float64):
     Gradients of parameters start at 1, so that adding to them differs from writing them; 1 is
     subtracted from the result.
     """
-    arrays, reference, _ = layers(dtype, **SIZES[size])[name]
+    arrays, reference, both = layers(dtype, **SIZES[size])[name]
     inputs = {n: arrays[n] for n in inspect.signature(reference).parameters}
     dout = np.random.default_rng(1).standard_normal(arrays["out"].shape).astype(dtype)
     arrays = {"losses": arrays["out"], "dout": dout} | arrays
@@ -291,8 +279,8 @@ def run_layer(name, in_place, size="small", dtype=np.float64):
         function = getattr(gpt2, f"{name.split()[0]}_{way}")
         function(**{n: arguments.get(n) for n in inspect.signature(function).parameters})
     call("forward", arrays)
-    if in_place:
-        written, read = in_place.split()
+    if in_place and both:
+        written, read = both.split()
         arrays[written] = arrays[read].copy()
         call("backward", arrays | {read: arrays[written]})
     else:
@@ -305,9 +293,9 @@ def run_layer(name, in_place, size="small", dtype=np.float64):
 @LAYERS
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
-def test_layer_matches_torch(name, in_place, dtype, size):
-    """Measured: 3e-15 in float64 and 1e-6 in float32."""
-    inputs, arrays, _, reference = run_layer(name, in_place, size, dtype)
+def test_layer_matches_torch(name, dtype, size):
+    """In place where it may be. Measured: 3e-15 in float64 and 1e-6 in float32."""
+    inputs, arrays, _, reference = run_layer(name, True, size, dtype)
     tensors = {n: torch.tensor(x, requires_grad=True) for n, x in inputs.items()}
     out = reference(*tensors.values())
     out.backward(torch.tensor(arrays["dout"]))
@@ -316,20 +304,18 @@ def test_layer_matches_torch(name, in_place, dtype, size):
 
 
 @LAYERS
-def test_layer_matches_central_differences(name, in_place):
-    """(f(x + h) - f(x - h)) / 2h for every single input, without PyTorch. Measured: below 5e-10."""
-    inputs, arrays, forward, _ = run_layer(name, in_place)
+def test_layer_matches_central_differences(name):
+    """(f(x + h) - f(x - h)) / 2h for every single input, without PyTorch. Measured: below 6e-10."""
+    inputs, arrays, forward, _ = run_layer(name, False)
     h = 1e-5
     for n, x in inputs.items():
-        numeric = np.empty_like(x)
+        numeric = np.zeros_like(x)
         for i in np.ndindex(x.shape):
             value = x[i]
-            sides = []
-            for x[i] in value + h, value - h:
+            for x[i], factor in (value + h, 0.5 / h), (value - h, -0.5 / h):
                 forward()
-                sides.append((arrays["dout"] * arrays["out"]).sum())
+                numeric[i] += factor * (arrays["dout"] * arrays["out"]).sum()
             x[i] = value
-            numeric[i] = (sides[0] - sides[1]) / (2 * h)
         assert error(arrays[f"d{n}"], numeric) < 1e-8, n
 
 
@@ -358,11 +344,8 @@ def test_attention_gelu_and_crossentropy_are_right_far_from_zero():
 
 
 def test_attention_weights_give_the_output_of_attention():
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, 150, 4))
-    out = np.empty_like(q)
-    lse = np.empty((2, 3, 150, 1))
-    gpt2.attention_forward(out, lse, q, k, v)
-    assert error(gpt2.attention_weights(q, k, lse) @ v, out) < 1e-13
+    _, a, _, _ = run_layer("attention with a cache", False, "eight chunks of queries")
+    assert error(gpt2.attention_weights(a["q"], a["k"], a["lse"]) @ a["v"], a["out"]) < 1e-13
 
 
 def test_docstrings_have_examples_that_run():
@@ -370,25 +353,21 @@ def test_docstrings_have_examples_that_run():
     assert doctest.testmod(gpt2).failed == 0
     names = {re.sub("train_gpt2.|_(for|back)ward$", "", test.name)
              for test in doctest.DocTestFinder().find(gpt2) if test.examples}
-    assert names >= {*LAYER_NAMES, "adamw", "learning_rate", "train", "sample",
-                     "generate", "split"}
+    assert names >= {*LAYER_NAMES, "adamw", "learning_rate", "train", "sample", "generate", "split"}
 
 
 # ------------------------------------------------------------------------------------------------
 # The network and the model.
 
-@DTYPES
 @pytest.mark.parametrize("config, B, T, shards", [
-    (SMALL, 2, 5, 1), (SMALL, 3, 1, 1),
     (gpt2.GPTConfig(57, 64, 32, 11, 1), 3, 64, 2),  # the full context, 11 blocks, one head
     (gpt2.GPTConfig(31, 128, 36, 2, 3), 11, 128, 4)])
-def test_model_and_network_match_torch(config, B, T, shards, dtype):
-    """Measured: 4e-15 in float64 and 1.4e-6 in float32."""
-    model = perturbed(config, dtype)
+def test_model_and_network_match_torch(config, B, T, shards):
+    """Measured: 4e-15. The table compares in float32."""
+    model = perturbed(config)
     model.n_shards = shards
     for seed in 1, 2:  # the second time, nothing of the first is left
-        gradients_agree(model, *random_ids(config, B, T, seed),
-                        3e-14 if dtype == np.float64 else 2e-5)
+        gradients_agree(model, *random_ids(config, B, T, seed), 3e-14)
     assert len(model.shards) == shards
 
 
@@ -403,7 +382,7 @@ def test_model_config_refuses_sizes_that_make_no_model():
 def test_model_shapes_and_shards_may_change_from_call_to_call():
     """Also after a batch that was too large: the memory is full at its last shard."""
     model = perturbed(SMALL)
-    for B, T, model.n_shards in [(4, 8, 4), (4, 8, 1), (4, 5, 1), (5, 4, 1), (2, 4, 1), (2, 4, 3)]:
+    for B, T, model.n_shards in [(4, 8, 4), (4, 8, 1), (4, 1, 1), (1, 4, 1), (2, 4, 1), (2, 4, 3)]:
         batch = random_ids(SMALL, B, T)
         gradients_agree(model, *batch, 2e-14)
         assert len(model.shards) == min(B, model.n_shards)
@@ -424,7 +403,7 @@ def test_model_activation_count_is_what_is_allocated():
 
 
 def test_model_gives_new_arrays_and_copies_what_it_is_given():
-    """Ids may be lists, or of another type."""
+    """Ids may be lists, or of another type. A copy of the model has its gradients, too."""
     model = perturbed(SMALL)
     ids, targets = random_ids(SMALL, 2, 5)
     expected = torch_results(model, ids, targets)
@@ -434,7 +413,8 @@ def test_model_gives_new_arrays_and_copies_what_it_is_given():
     ids[...] = 1
     targets[...] = 2
     model.backward()
-    agree({"loss": np.array(loss), "logits": logits} | model.grads, expected, 2e-14)
+    ours = {"loss": np.array(loss), "logits": logits} | copy.deepcopy(model).grads
+    agree(ours, expected, 2e-14)
 
 
 def test_model_initialisation_is_gpt2s():
@@ -467,7 +447,6 @@ def test_model_after_an_interrupt_is_as_good_as_new(name, call):
         time.sleep(0.001)  # the other threads are still at work
     with mock.patch.object(gpt2, name, interrupted), pytest.raises(KeyboardInterrupt):
         step(*batch)
-    assert not model.flat_grads.any() or model.unfinished
     twin = copy.deepcopy(model)
     twin.flat_grads[...] = 0
     assert step(*batch) == our_trainer(twin)(*batch)
@@ -475,10 +454,11 @@ def test_model_after_an_interrupt_is_as_good_as_new(name, call):
 
 
 @pytest.mark.parametrize("ids, targets, message", [
-    ([1, 2], None, r"ids must be .* \(2,\)"), ([[]], None, r"\(1, 0\)"), ([[1.5]], None, "float64"),
-    ([[True]], None, "bool"), ([[[1]]], None, r"\(1, 1, 1\)"), ([[3, -1]], None, r"-1\.\.3"),
-    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[1]], [[17]], "targets are in 17"),
-    ([[0] * 9], None, r"T in 1\.\.8, not int64"), ([[1, 2]], [[1]], r"targets .*\(1, 1\)")])
+    ([1, 2], None, r"ids must be .* \(2,\)"), (np.empty((1, 0), int), None, r"\(1, 0\)"),
+    ([[1.5]], None, "float64"), ([[True]], None, "bool"), ([["1"]], None, "integers.*<U1"),
+    ([[[1]]], None, r"\(1, 1, 1\)"), ([[3, -1]], None, r"-1\.\.3"), ([[1]], [[17]], "targets are"),
+    ([[17]], None, r"ids are in 17\.\.17, .* 17 tokens"), ([[0] * 9], None, r"T in 1\.\.8, not"),
+    ([[1, 2]], [[1]], r"targets .*\(1, 1\)")])
 def test_model_refuses_ids_that_do_not_fit(ids, targets, message):
     with pytest.raises(gpt2.UserError, match=message):
         gpt2.GPT2(SMALL).forward(ids, targets)
@@ -498,67 +478,55 @@ def test_model_backward_needs_a_forward_with_targets_each_time():
 # ------------------------------------------------------------------------------------------------
 # The optimizer.
 
-@pytest.mark.parametrize("decay, clip", [(0.1, 1.0), (0.0, 0.0), (0.5, 0.3)])
-def test_adamw_matches_torch(decay, clip):
-    """Ten steps at a high learning rate, where errors add up. Measured: 7e-16. The norms of the
+@pytest.mark.parametrize("options", [
+    {}, dict(weight_decay=0, grad_clip=0),
+    dict(beta1=0.8, beta2=0.97, eps=1e-3, weight_decay=0.5, grad_clip=0.3)])
+def test_adamw_matches_torch(options):
+    """Ten steps at a high learning rate, where errors add up. Measured: 5e-16. The norms of the
     gradients are about 0.3, 3 and 30, so some are clipped and some are not. Between the steps, a
     gradient that is not finite changes nothing."""
-    model = perturbed(gpt2.GPTConfig(257, 64, 64, 2, 4))
+    model = perturbed(gpt2.GPTConfig(257, 64, 64, 4, 4))
     rng = np.random.default_rng(0)
     p = torch_params(model)
-    groups = [{"params": [x for x in p.values() if x.ndim == n], "weight_decay": d}
-              for n, d in ((1, 0.0), (2, decay))]
-    reference = torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.97), eps=1e-3)
+    o = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0) | options
+    groups = [{"params": [x for x in p.values() if x.ndim == n], "weight_decay": decay}
+              for n, decay in ((1, 0.0), (2, o["weight_decay"]))]
+    reference = torch.optim.AdamW(groups, lr=0.05, betas=(o["beta1"], o["beta2"]), eps=o["eps"])
     for step in range(10):
         model.grads["ln_f.bias"][3] = [np.nan, np.inf][step % 2]
         assert not math.isfinite(model.update(0.05))
         model.flat_grads += rng.normal(0, 10.0 ** (step % 3 - 3), model.flat_grads.size)
         for name, x in p.items():
             x.grad = torch.tensor(model.grads[name])
-        norm = torch.nn.utils.clip_grad_norm_(p.values(), clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(p.values(), o["grad_clip"] or math.inf).item()
         reference.step()
-        assert model.update(0.05, 0.8, 0.97, 1e-3, decay, clip) == pytest.approx(norm, rel=1e-12)
-        assert not model.flat_grads.any() and model.step == step + 1
+        assert model.update(0.05, **options) == pytest.approx(norm, rel=1e-12)
     agree(model.params, p, 1e-14)
 
 
-def test_adamw_and_model_follow_torch_for_ten_steps_of_training():
-    """The benchmark's functions, in float32, with update()'s defaults. Measured: 1e-6."""
-    model = gpt2.GPT2(gpt2.GPTConfig(257, 64, 64, 4, 4))
-    batch = random_ids(model.config, 4, 64)
-    theirs, ours = ([step(*batch) for _ in range(10)]
-                    for step in (torch_trainer(model), our_trainer(model)))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert ours[-1] < ours[0] - 0.3
-
-
-@pytest.mark.parametrize("warmup, expected", [(0, [0.85, 0.55, 0.4]), (1, [1, 0.7, 0.4]),
-                                              (3, [1 / 3, 2 / 3, 1]), (100, [0.01, 0.02, 0.03])])
-def test_learning_rate_at_its_corners(warmup, expected):
+def test_learning_rate_at_its_corners():
     """In a run of three steps; a warm-up may be as long as the run, or longer."""
-    found = [gpt2.learning_rate(step, 3, warmup, 1.0, 0.4) for step in (1, 2, 3)]
-    assert found == pytest.approx(expected)
+    for warmup, rates in (0, [0.85, 0.55, 0.4]), (3, [1 / 3, 2 / 3, 1]), (10, [0.1, 0.2, 0.3]):
+        found = [gpt2.learning_rate(step, 3, warmup, 1.0, 0.4) for step in (1, 2, 3)]
+        assert found == pytest.approx(rates)
 
 
 # ------------------------------------------------------------------------------------------------
 # The training loop.
 
-TOKENS = np.random.default_rng(4).integers(17, size=50)
-
-
-@pytest.mark.parametrize("grad_accum, shards", [(1, 1), (3, 2)])
-def test_train_takes_steps_on_the_mean_of_all_micro_batches(grad_accum, shards):
+def test_train_takes_steps_on_the_mean_of_all_micro_batches():
     """As forward, backward and update with all of a step's windows at once. Measured: 2e-12."""
     model = perturbed(SMALL)
-    model.n_shards = shards
+    model.n_shards = 2
     by_hand = copy.deepcopy(model)
     model.forward = mock.Mock(wraps=model.forward)
+    rng = np.random.default_rng(0)
     options = dict(beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.5)
-    steps = gpt2.train(model, TOKENS, 4, 2, 5, lambda step: 0.01 * step, np.random.default_rng(0),
-                       grad_accum, **options)
+    steps = gpt2.train(model, rng.integers(17, size=50), 4, 2, 5, lambda step: 0.01 * step, rng,
+                       grad_accum=3, **options)
     for number, (step, loss, norm) in enumerate(steps, 1):
         batch = np.concatenate([call.args for call in model.forward.call_args_list], axis=1)
-        assert batch.shape == (2, 2 * grad_accum, 5)
+        assert batch.shape == (2, 6, 5)
         model.forward.reset_mock()
         assert step == number and loss == pytest.approx(by_hand.forward(*batch), rel=1e-13)
         by_hand.backward()
@@ -567,19 +535,17 @@ def test_train_takes_steps_on_the_mean_of_all_micro_batches(grad_accum, shards):
     assert number == 4
 
 
-@pytest.mark.parametrize("n", [23, 6])
-def test_train_draws_every_window_equally_often(n):
-    """3,600 draws of 5 + 1 of n tokens, from n - 5 starts, within 5 sigma."""
+def test_train_draws_every_window_equally_often():
+    """3,600 draws of 5 + 1 of 23 tokens, from 18 starts, within 5 sigma."""
     model = gpt2.GPT2(gpt2.GPTConfig(32, 5, 4, 1, 1))
     model.forward = mock.Mock(wraps=model.forward)
-    tokens = np.arange(5, 5 + n, dtype=np.uint16)
+    tokens = np.arange(5, 28, dtype=np.uint16)
     [*gpt2.train(model, tokens, 6, 600, 5, lambda step: 1e-3, np.random.default_rng(0))]
     ids, targets = np.concatenate([x.args for x in model.forward.call_args_list], axis=1)
     starts = ids[:, 0] - 5
     assert (ids == tokens[starts[:, None] + np.arange(5)]).all() and (targets == ids + 1).all()
-    counts = np.bincount(starts)
-    assert len(counts) == n - 5
-    assert np.abs(counts - 3600 / (n - 5)).max() <= 5 * math.sqrt(3600 / (n - 5))
+    counts = np.bincount(starts, minlength=18)
+    assert len(counts) == 18 and np.abs(counts - 200).max() <= 5 * math.sqrt(200)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -589,21 +555,18 @@ def test_train_draws_every_window_equally_often(n):
     (8, 2, [[2], *6 * [[1]], [6], [1], [1], [6], [1], [1], [6], [1]]),
     (8, 20, [[8], [6], [1], [1], [6]]), (1, 3, [[1], [1], [1]]), (150, 60, [[60], *90 * [[1]]]),
     (150, 64, [[64], [1]]), (150, 65, [[64, 1], [1]]), (150, 200, [[64, 64, 22], [64, 48], [1]])])
-def test_generate_with_its_cache_is_the_whole_window_each_time(
-        context, prompt, expected, monkeypatch):
+def test_generate_with_its_cache_is_the_whole_window_each_time(context, prompt, expected):
     """`expected` says for every new token how many pass through the network: all of the window, in
     chunks of 64, when it has moved by a quarter, otherwise one. Measured: 1e-15."""
     model = perturbed(gpt2.GPTConfig(17, context, 12, 2, 3))
     model.n_shards = 2
     forward = model.forward
     model.forward = mock.Mock(wraps=forward)
-    sample = mock.Mock(wraps=gpt2.sample)
-    monkeypatch.setattr(gpt2, "sample", sample)
     ids, _ = random_ids(model.config, 3, prompt)
-    text = np.column_stack([ids, *gpt2.generate(model, ids, len(expected))])
+    with mock.patch.object(gpt2, "sample", wraps=gpt2.sample) as sample:
+        text = np.column_stack([ids, *gpt2.generate(model, ids, len(expected))])
     calls = model.forward.call_args_list
     assert [call.args[0].shape[1] for call in calls] == sum(expected, [])
-    assert text.shape == (3, prompt + len(expected))
     last_calls = np.cumsum([len(chunks) for chunks in expected]) - 1  # before each new token
     for end, (last, drawn) in enumerate(zip(last_calls, sample.call_args_list), prompt):
         window = calls[last].kwargs["cache"].shape[-2]
@@ -615,8 +578,7 @@ def test_generate_with_its_cache_is_the_whole_window_each_time(
     (0.5, None, None, [64, 1, 36, 1, 16]), (0, None, None, [1, 0, 0, 0, 0]),
     (1e-320, None, None, [1, 0, 0, 0, 0]), (1.0, 3, None, [8, 0, 6, 0, 4]),
     (1.0, 99, None, [8, 1, 6, 1, 4]), (1.0, None, 0.0, [1, 0, 0, 0, 0]),
-    (1.0, None, 0.65, [8, 0, 6, 0, 0]),
-    (1.0, 3, 0.75, [8, 0, 6, 0, 0])])  # of the three, the first two have 14/18
+    (1.0, None, 0.65, [8, 0, 6, 0, 0]), (1.0, 3, 0.75, [8, 0, 6, 0, 0])])  # 14/18 > 0.75
 def test_sample_draws_tokens_as_often_as_their_probabilities_say(
         temperature, top_k, top_p, expected):
     """In 40,000 draws, within 5 sigma; what is left out never. Every other row is reversed."""
@@ -643,8 +605,8 @@ def test_generate_refuses_a_wrong_prompt_and_options_out_of_bounds():
 @pytest.fixture(params=["byte", "gpt2"])
 def tokenizer(request, monkeypatch):
     """A tokenizer; GPT-2's if its merges are here, as tests do not download them."""
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", HERE / "data" / "tiktoken"))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    monkeypatch.setattr(gpt2, "DATA", HERE / "data")
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", gpt2.DATA / "tiktoken"))
     if request.param == "gpt2" and not list(folder.glob("*")):
         pytest.skip(f"GPT-2's merges are missing; {PREPRO.name} --tokenizer gpt2 gets them")
     return gpt2.Tokenizer(request.param)
@@ -664,9 +626,8 @@ def test_tokens_decode_to_the_text_they_came_from(tokenizer):
     assert tokenizer.encode("Hello world<|endoftext|>") == expected[tokenizer.name]
 
 
-def test_token_counts_of_the_real_text(tokenizer, monkeypatch):
+def test_token_counts_of_the_real_text(tokenizer):
     """Bytes as for nanoGPT's shakespeare_char; GPT-2's tokens as in llm.c."""
-    monkeypatch.setattr(gpt2, "DATA", HERE / "data")
     if not (gpt2.DATA / "tinyshakespeare.txt").exists():
         pytest.skip(f"{gpt2.DATA}/tinyshakespeare.txt is missing; {PREPRO.name} downloads it")
     counts = {"byte": [1003854, 111540], "gpt2": [305260, 32768]}
@@ -1568,10 +1529,9 @@ def compare(folder):
     print(f"{model.config}, B={B}, T={T}, float32; OK: within {tolerance:g} of the largest value\n"
           f"\n{'':28} {'shape':16} {'largest':>10} {'difference':>10} {'relative':>9}")
     batch = random_ids(model.config, B, T)
-    reference = torch_results(model, *batch)
     ours = our_results(model, *batch)
     good = True
-    for name, x in reference.items():
+    for name, x in torch_results(model, *batch).items():
         largest = x.abs().max().item()
         relative = error(ours[name], x)
         good &= bool(relative <= tolerance)
@@ -1675,12 +1635,10 @@ def bench_worker(L, H, C, V, B, T):
 
 def operations(L, H, C, V, B, T):
     """The floating-point operations that the matrix products of one step need."""
-    # Forward, each of the N positions meets every weight of the linear layers, 12 C^2 in a block
-    # and V C for the logits, and in every block the keys, and then the values, of (T + 1)/2
-    # positions on average, C numbers each. A meeting is a multiplication and an addition. The
-    # backward pass has two products for each of the forward pass.
-    N = B * T
-    return 3 * 2 * N * (L * 12 * C * C + V * C + L * 2 * C * (T + 1) / 2)
+    # Each of the B T positions meets every weight of the linear layers, 12 C^2 in a block and V C
+    # for the logits, and in every block the C numbers of the keys, then of the values, of (T + 1)/2
+    # positions on average: a multiplication and an addition each. Backward has twice as many.
+    return 3 * 2 * B * T * (L * 12 * C * C + V * C + L * 2 * C * (T + 1) / 2)
 
 
 def peak_speed(product, threads):
