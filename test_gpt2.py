@@ -374,6 +374,7 @@ def test_model_and_network_match_torch(config, B, T, shards):
 def test_model_config_refuses_sizes_that_make_no_model():
     for sizes, message in [(dict(n_head=5), "n_embd 768 is not divisible by n_head 5"),
                            (dict(n_layer=0), "n_layer is 0"), (dict(n_head=True), "is True"),
+                           (dict(n_head="9" * 99), "n_head is '9{19}; it must"),
                            (dict(n_layer=65537), "n_layer is 65537; it must be .* to 65536")]:
         with pytest.raises(gpt2.UserError, match=message):
             gpt2.GPTConfig(**sizes)
@@ -597,6 +598,8 @@ def test_generate_refuses_a_wrong_prompt_and_options_out_of_bounds():
                           ([[1]], 1.0, 0), ([[1]], 1.0, None, -1), ([[1]], 1.0, None, math.nan)]:
         with pytest.raises(gpt2.UserError):
             next(gpt2.generate(model, ids, 1, *options))
+    one, another = ([*gpt2.generate(model, [[1]] * 99, 1)][0] for _ in range(2))
+    assert (one != another).any(), "without a generator, every text is a new one"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -621,9 +624,19 @@ def test_tokens_decode_to_the_text_they_came_from(tokenizer):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert ids.count(tokenizer.eot_token) == text.count("<|endoftext|>")
-    assert tokenizer.decode([*tokenizer.encode("é"), tokenizer.n_vocab + 5]) == "é"
+    assert tokenizer.decode([*tokenizer.encode("é"), tokenizer.n_vocab]) == "é"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("é", "\ufffd")
+    assert tokenizer.decode(tokenizer.encode("\ud800")) in ("?", "\ufffd")
     expected = {"byte": [*b"Hello world", 256], "gpt2": [15496, 995, 50256]}
     assert tokenizer.encode("Hello world<|endoftext|>") == expected[tokenizer.name]
+
+
+def test_tokens_of_gpt2_are_kept_in_data(monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # nothing is downloaded
+    with pytest.raises(gpt2.UserError, match="need tiktoken"):
+        gpt2.Tokenizer("gpt2")
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(Path("data/tiktoken"))
 
 
 def test_token_counts_of_the_real_text(tokenizer):
@@ -637,7 +650,10 @@ def test_token_counts_of_the_real_text(tokenizer):
 
 def test_token_files_have_llm_cs_format_and_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder" / "a.bin"
-    gpt2.write_tokens(path, [1, 2, 50256])
+    sizes = []
+    with mock.patch.object(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size)):
+        gpt2.write_tokens(path, [1, 2, 50256])
+    assert sizes == [1030], "all is on the disk before the file gets its name"
     for wrong in [-1, 5], [65536]:
         with pytest.raises(gpt2.UserError, match=r"a.bin: .*0..65535"):
             gpt2.write_tokens(path, wrong)
@@ -658,6 +674,7 @@ def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
         gpt2.write_tokens(bad, tokens)
         with pytest.raises(gpt2.UserError, match=f"bad.bin: {message}"):
             gpt2.read_tokens(bad, 257)
+    assert isinstance(gpt2.read_tokens(tmp_path / "t1.bin", 10), np.memmap)  # still on the disk
     good = (tmp_path / "t1.bin").read_bytes()
     for wrong in b"", b"\1" + good[1:], good[:4] + b"\2" + good[5:], good[:-2], good + b"x":
         bad.write_bytes(wrong)
@@ -669,8 +686,8 @@ def test_token_files_are_found_by_name_before_pattern_and_checked(tmp_path):
 # A run.
 
 FILES = "--train_bin train.bin --val_bin val.bin"
-TINY = (f"{FILES} --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --batch_size 6 --warmup 5 "
-        "--max_new_tokens 30 --log_every 1 --eval_every 10 --sample_every 15")
+TINY = (f"{FILES} --n_layer 1 --n_embd 16 --n_head 2 --n_positions 16 --seq_len 12 --batch_size 6 "
+        "--warmup 5 --max_new_tokens 30 --log_every 1 --eval_every 10 --sample_every 15")
 TINY_CONFIG = gpt2.GPTConfig(257, 16, 16, 1, 2)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals and locks")
 
@@ -700,6 +717,8 @@ from signal import *
 sys.path.insert(0, {str(HERE)!r})
 sys.argv[0] = "train_gpt2.py"
 import train_gpt2 as gpt2
+signal(SIGINT, SIG_DFL)  # which a job in the background ignores, as nohup's does the other
+signal(SIGHUP, SIG_DFL)
 {before}
 def watched(model, *args, forward=gpt2.GPT2.forward, **options):
     if model.step == {step} - 1:
@@ -737,7 +756,9 @@ def error_line(capsys):
 def test_run_validates_on_every_token_once(B, limit, n):
     ids = np.arange(1002) * 7 % 32
     model = perturbed(gpt2.GPTConfig(32, 4, 12, 1, 3))
-    loss = gpt2.evaluate(model, ids, B, 4, limit)
+    with mock.patch.object(gpt2, "show_progress") as progress:
+        loss = gpt2.evaluate(model, ids, B, 4, limit)
+    assert progress.call_args == mock.call("")  # the terminal's line is empty again
     assert model.shape[0] <= B
     parts = [ids[i:min(i + 4, n) + 1] for i in range(0, n, 4)]
     losses = [model.forward([part[:-1]], [part[1:]]) * (len(part) - 1) for part in parts]
@@ -755,15 +776,15 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
                  "--eval_tokens 150") == 0
     model = gpt2.GPT2(TINY_CONFIG, seed=5)
     tokens, val_tokens = (gpt2.read_tokens(f"{name}.bin", 257) for name in ("train", "val"))
-    steps = gpt2.train(model, tokens, 5, 6, 16, lambda step: 0.002 * step,
+    steps = gpt2.train(model, tokens, 5, 6, 12, lambda step: 0.002 * step,
                        np.random.default_rng([5, 1]), grad_accum=2, beta1=0.8, beta2=0.9,
                        weight_decay=0.3, grad_clip=0.05)
-    rows = [[step, loss, gpt2.evaluate(model, val_tokens[:151], 6, 16), norm, 0.002 * step]
+    rows = [[step, loss, gpt2.evaluate(model, val_tokens[:151], 6, 12), norm, 0.002 * step]
             for step, loss, norm in steps]
     step_line = "step {0}/5 | loss {1:.4f} | norm {3:.2f} | lr {4:.2e} | "
     val_line = "step {0} | val loss {2:.4f}"
-    lines = [(0, step_line + "40000 ms |     5 tok/s | 0:02:40 left"),
-             (2, step_line + "100000 ms |     2 tok/s | 0:03:20 left"), (2, val_line),
+    lines = [(0, step_line + "40000 ms |     4 tok/s | 0:02:40 left"),
+             (2, step_line + "100000 ms |     1 tok/s | 0:03:20 left"), (2, val_line),
              (3, step_line + "160000 ms |     1 tok/s | 0:02:40 left"),
              (4, step_line + "200000 ms |     1 tok/s | 0:00:00 left"), (4, val_line)]
     shown = capsys.readouterr().out.splitlines()
@@ -774,7 +795,16 @@ def test_run_logs_and_prints_the_numbers_of_every_step(train, capsys, monkeypatc
     for i in 0, 2:  # without validation
         logged[i][2] = 0
     np.testing.assert_allclose([row[:5] for row in log], logged, rtol=2e-6)
-    assert [row[5:] for row in log] == [[40e3, 5], [100e3, 2], [160e3, 1], [200e3, 1]]
+    assert [row[5:] for row in log] == [[40e3, 4], [100e3, 1], [160e3, 1], [200e3, 1]]
+
+
+def test_run_shows_progress_in_one_line_of_a_terminal(monkeypatch, capsys):
+    gpt2.show_progress("not a terminal")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "8")
+    gpt2.show_progress("12345678")
+    gpt2.show_progress("")
+    assert capsys.readouterr().err == "\r1234567\r\r       \r"
 
 
 @pytest.mark.parametrize("name, prompt, shown, note", [
@@ -793,6 +823,10 @@ def test_run_samples_whole_characters(monkeypatch, capsys, name, prompt, shown, 
     assert arguments == [[tokenizer.encode(shown)], 3, 1, 2, 0.5]
     assert rng.random() == np.random.default_rng([7, 2, 20]).random()
     assert capsys.readouterr() == (f"{shown}é!\ufffd\n", note)
+    monkeypatch.setattr(gpt2, "STOP", [141])  # asked to stop, it prints one token only
+    gpt2.print_sample(perturbed(SMALL), tokenizer, types.SimpleNamespace(
+        prompt="A", max_new_tokens=3, temperature=1, top_k=2, top_p=0.5, seed=7), 20)
+    assert capsys.readouterr().out == "A\ufffd\n"
 
 
 def test_run_with_a_loss_that_is_not_finite_stops_and_overwrites_nothing(train, capsys):
@@ -803,6 +837,21 @@ def test_run_with_a_loss_that_is_not_finite_stops_and_overwrites_nothing(train, 
                         "raise --warmup 2", error_line(capsys))[1]
     assert gpt2.checkpoints("out")[-1].name == f"step_{int(step) - 1:06}"
     checkpoint_is_whole(gpt2.checkpoints("out")[-1])
+    with mock.patch.object(gpt2.GPT2, "update", return_value=math.inf):
+        assert train(TINY, "--steps 1 --out norm") == 2 and "norm inf" in error_line(capsys)
+
+
+def test_run_asked_to_stop_at_its_last_step_ends_as_any_other(train, monkeypatch, capsys):
+    monkeypatch.setattr(gpt2, "STOP", [])
+
+    def share(processes, rows):
+        gpt2.STOP.append(143)
+        return rows
+    monkeypatch.setattr(gpt2.Processes, "share", share)
+    assert train(TINY, "--steps 1") == 143
+    assert read_log("out")[0]["val_loss"] and capsys.readouterr().err == ""
+    monkeypatch.setattr(gpt2, "print_sample", mock.Mock(side_effect=KeyboardInterrupt))
+    assert train("--init_from out") == 130  # nothing is to be saved
 
 
 PIPE = "reading, writing = os.pipe(); os.dup2(writing, 1); os.dup2(writing, 2); os.close(writing)"
@@ -820,7 +869,7 @@ STOPPED = "stopped after step 17, saved in run; --resume continues\n"
     ("sys.stderr = None", "raise_signal(SIGINT)", 130, "")])
 def test_run_that_has_to_stop_resumes_bit_for_bit(train, capsys, before, in_step, status, message):
     """In the first micro-batch, after a sample was drawn. A run with its output gone saves, too."""
-    options = f"{TINY} --grad_accum 2 --steps 32"
+    options = f"{TINY} --batch_size 5 --grad_accum 3 --steps 32"  # an odd number of draws
     assert train(options, "--out whole") == 0
     whole = samples(capsys.readouterr().out)
     _, err = finish(start(program_with(before, 17, in_step), options, "--out run"), status)
@@ -842,6 +891,8 @@ def test_run_has_its_folder_for_itself(train, capsys, monkeypatch):
     monkeypatch.setattr(gpt2, "print_sample", mock.Mock(side_effect=others))
     assert train(TINY, "--steps 2 --save_every 1 --out run") == 0
     gpt2.print_sample.assert_called_once()
+    with mock.patch("fcntl.flock", side_effect=OSError("no locks")), gpt2.locked("run"):
+        pass  # some file systems have none
     assert train(TINY, "--steps 1 --out run") == 2
     assert error_line(capsys) == ("run holds a run of 2 steps: --resume continues it, --out "
                                   "starts another elsewhere")
@@ -916,7 +967,7 @@ def test_checkpoint_may_be_of_another_program(tmp_path, dtype, convert):
     for name in tensors:
         index[name]["dtype"] = dtype
     write_index(path, json.dumps(dict(reversed(index.items()))), numbers)
-    edit_json(tmp_path / "config.json", n_inner=None, activation_function="gelu_pytorch_tanh")
+    edit_json(tmp_path / "config.json", n_inner=48, activation_function="gelu_pytorch_tanh")
     found = gpt2.GPT2.from_pretrained(tmp_path)
     assert (found.flat_params == model.flat_params).all() and found.config == SMALL
 
@@ -936,14 +987,16 @@ def test_checkpoint_whose_weights_do_not_fit_is_an_error(tmp_path, old, new, mes
     write_index(path, re.sub(old, new, json.dumps(index), count=1), numbers)
     with pytest.raises(gpt2.UserError, match=rf"model.safetensors: damaged, .*\(.*{message}.*\);"):
         gpt2.GPT2.from_pretrained(tmp_path)
-    os.rename(path, tmp_path / "pytorch_model.bin")
-    with pytest.raises(gpt2.UserError, match='s is missing.*max_shard_size="10GB"'):
-        gpt2.GPT2.from_pretrained(tmp_path)
+    for name in "pytorch_model.bin", "model.safetensors.index.json":
+        path = path.rename(tmp_path / name)
+        with pytest.raises(gpt2.UserError, match='s is missing.*max_shard_size="10GB"'):
+            gpt2.GPT2.from_pretrained(tmp_path)
 
 
 def test_checkpoint_opens_in_transformers(tmp_path, tokenizer):
     """The same tokens, logits and gradients (in float64, measured: 3e-15)."""
     files = gpt2.tokenizer_files(tokenizer, 16)
+    assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 16
     vocab = json.loads(files["vocab.json"])
     assert sorted(vocab.values()) == [*range(tokenizer.n_vocab)]
     assert vocab["<|endoftext|>"] == tokenizer.eot_token
@@ -975,6 +1028,14 @@ def checkpoint_is_whole(folder):
         "optimizer.safetensors", "tokenizer_config.json", "trainer.json", "vocab.json"]
     model, _ = gpt2.load_checkpoint(folder, gpt2.read_state(folder))
     assert folder.name == f"step_{model.step:06}"
+    tokenizer = gpt2.read_json(folder / "tokenizer_config.json")
+    assert tokenizer["model_max_length"] == model.config.n_positions
+
+
+def test_checkpoint_used_is_the_last_one_also_after_a_million_steps(tmp_path):
+    for name in "step_1000000", "step_000250", "step_999999", "step_x":
+        os.mkdir(tmp_path / name)
+    assert gpt2.find_model(tmp_path) == tmp_path / "step_1000000"
 
 
 @POSIX
@@ -1015,7 +1076,7 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     was left unfinished is in a checkpoint."""
     saved_model("m", TINY_CONFIG)
     gpt2.write_file("out/unfinished/surplus", [b"half"])
-    assert train(TINY, "--init_from m --steps 6 --save_every 3 --lr 0.01 --seed 9 --top_k 5 "
+    assert train(TINY, "--init_from m --steps 6 --save_every 3 --lr 0.01 --seed 0 --top_k 5 "
                  "--prompt=-x --train_bin tr*.bin") == 0
     checkpoint_is_whole(Path("out/step_000003"))
     os.mkdir("new[1]")
@@ -1026,7 +1087,7 @@ def test_checkpoint_has_the_options_that_are_not_given(train, capsys):
     rates = [float(row["lr"]) for row in read_log("new[1]/out")]
     assert len(rates) == 9 and rates[7] == pytest.approx(gpt2.learning_rate(8, 9, 0, 0.02, 1e-5))
     saved = gpt2.read_state(Path("new[1]/out/step_000009"))["options"]
-    assert {"seed": 9, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
+    assert {"seed": 0, "top_k": 5, "lr": 0.02, "steps": 9, "prompt": "-x"}.items() <= saved.items()
     for arguments, message in [
             ("--n_embd 32", "--n_embd 32 does not fit .*, which has 16; leave it out"),
             ("--tokenizer gpt2", "--tokenizer gpt2 does not fit .*, which has byte; leave it out"),
@@ -1044,8 +1105,9 @@ def test_checkpoint_that_has_changed_is_an_error_and_the_one_before_it_opens(tra
             ("optimizer.safetensors", b"", b"x"), ("trainer.json", b'"step": 6', b'"step": 5'),
             ("trainer.json", b'"crc32"', b'"crc"')]:
         data = (folder / name).read_bytes()
-        number = data.replace(old, new) if old else data[:-1] + bytes([data[-1] ^ 1])
-        for damaged in number, data[:len(data) // 2], b"", b"{}", b"[]":
+        changed = [data.replace(old, new)] if old else [
+            data[:i] + bytes([data[i] ^ 1]) + data[i + 1:] for i in (len(data) // 3, len(data) - 1)]
+        for damaged in *changed, data[:len(data) // 2], b"", b"{}", b"[]", b"[" * 10**5:
             (folder / name).write_bytes(damaged)
             assert train("--resume --steps 8") == 2
             assert str(folder) in error_line(capsys)
@@ -1111,6 +1173,18 @@ def test_processes_that_differ_are_told_in_what(train, monkeypatch, capsys, argu
     assert train("--resume --steps 3", arguments) == (2 if message else 0)
     if message:
         assert re.fullmatch(message, error_line(capsys))
+
+
+@pytest.mark.parametrize("message, kind", [
+    ("Connection closed by peer", gpt2.UserError), ("connection reset", gpt2.UserError),
+    ("Timed out waiting", gpt2.UserError), ("unsupported dtype", RuntimeError)])
+def test_processes_call_only_a_lost_connection_one(message, kind):
+    processes = gpt2.Processes()  # one, without a network
+    processes.size = 2
+    processes.tensor = np.asarray
+    processes.network = mock.Mock(all_reduce=mock.Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(kind):
+        processes.all_reduce(0.0, np.zeros(1))
 
 
 @pytest.mark.parametrize("rank, size", [(0, 2), (1, 1), (0, 0), ("one", 2)])
@@ -1204,11 +1278,10 @@ def test_threads_do_not_change_a_bit():
 def test_threads_are_limited_by_a_containers_quota(quota, expected, monkeypatch):
     """Of 64 processors, by cgroup v2. torchrun's processes on this machine share what is left."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=[quota, quota]))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert gpt2.usable_cpus() == expected
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert gpt2.usable_cpus() == max(1, expected // 2)
+    for processes, threads in ("", expected), ("0", expected), ("2", max(1, expected // 2)):
+        monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=[quota]))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert gpt2.usable_cpus() == threads
 
 
 @pytest.mark.parametrize("L, C, V, B, T, threads, expected", [
@@ -1335,6 +1408,7 @@ def test_command_that_cannot_run_gets_one_line_and_changes_nothing(
     saved_model("m", TINY_CONFIG)
     saved_model("m300", gpt2.GPTConfig(300, 16, 16, 1, 2))
     gpt2.write_tokens("short.bin", range(64))
+    gpt2.write_tokens("data/tinyshakespeare_byte_train.bin", range(64))  # one of two
     gpt2.write_file("out/log.csv", [b"of another run"])
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for module in "prepro_tinyshakespeare", "tiktoken":
@@ -1369,7 +1443,7 @@ def test_command_needs_memory_for_what_it_does(train, monkeypatch, capsys, argum
         assert train("--init_from m", arguments, "--out", memory) == status
     monkeypatch.delattr(os, "sysconf")
     capsys.readouterr()
-    monkeypatch.setattr(gpt2.GPT2, "from_pretrained", mock.Mock(side_effect=MemoryError("no room")))
+    monkeypatch.setattr(gpt2, "make_model", mock.Mock(side_effect=MemoryError("no\nroom")))
     assert train("--init_from m", arguments) == 2 and error_line(capsys) == "no room"
 
 
@@ -1404,8 +1478,9 @@ def test_command_trains_a_model_that_learns_on_any_number_of_threads(tmp_path):
     assert result_of(tmp_path / "out", 60) == result
     assert "shards 4, threads 4\n" in out and "shards 4, threads 1\n" in again
     assert samples(again) == samples(out) != []
-    out, _ = finish(start(program, "--init_from out --prompt O:", cwd=tmp_path))
-    assert out.startswith("O:")
+    out, _ = finish(start(program, "--init_from out --prompt É:", cwd=tmp_path,
+                          env=environment(PYTHONIOENCODING="ascii")))
+    assert out.startswith("É:")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1424,7 +1499,7 @@ def test_prepro_splits_a_text_as_nanogpt_and_llm_c_do():
         assert len(val) == n_val
 
 
-def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, capsys):
+def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, monkeypatch, capsys):
     """Two processes at once make the same files. Without a step, a run validates and samples."""
     text = "Es war einmal — né.\n" * 50
     path = Path("my novel[1].txt")
@@ -1434,9 +1509,10 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, cap
     command = re.search("now run: python train_gpt2.py (.*)\n", out)[1]
     command = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
     assert command[4:] == ["--tokenizer", "byte", "--out", "out_my novel[1]"]
+    monkeypatch.setattr(gpt2, "usable_cpus", lambda: 7)
     assert train(command, "--steps 0 --eval_tokens 999 --prompt The --max_new_tokens 5") == 0
-    assert re.search(r"validate  (\d+) of \1 tokens in .*\nstep 0 \| val loss 5\.\d{4}\nThe",
-                     capsys.readouterr().out)
+    assert re.search(r"threads 7\n.*\nvalidate  (\d+) of \1 tokens in .*\n"
+                     r"step 0 \| val loss 5\.\d{4}\nThe", capsys.readouterr().out)
     assert not Path(command[-1]).exists()
     path.write_text("another text")
     _, err = finish(start(PREPRO, "--text", path), 2)
@@ -1483,6 +1559,7 @@ HEADER = b"HTTP/1.0 200 OK\r\nContent-Length: 300000\r\n\r\n"
     (b"HTTP/1.0 200 OK\r\n\r\n" + CONTENT, 0, None), (HEADER + CONTENT, 0, None),
     (b"HTTP/1.0 404 Not Found\r\n\r\n", 0, ".*Not Found"), (b"no HTTP\r\n\r\n", 0, "no HTTP"),
     (HEADER + CONTENT[:9], 3, "timed out"),
+    (HEADER.replace(b"300000", b"x"), 0, "invalid literal for int.*"),
     (HEADER + CONTENT[:150000], 0, "the connection ended after 150,000 of 300,000 bytes"),
     (None, 0, "no answer within 0.5 seconds")])
 def test_prepro_download_appears_whole_or_says_why_not(tmp_path, monkeypatch, answer, silence,
