@@ -592,6 +592,12 @@ def test_sample_draws_tokens_as_often_as_their_probabilities_say(
     assert (np.abs(np.bincount(drawn, minlength=5) / 40000 - probs) <= limit).all()
 
 
+def test_sample_needs_no_token_beyond_the_share_top_p():
+    """The first has exactly half of the probability."""
+    logits = np.log([[4, 2, 1, 1]] * 99)
+    assert not gpt2.sample(logits, 1.0, None, 0.5, np.random.default_rng(0)).any()
+
+
 def test_generate_refuses_a_wrong_prompt_and_options_out_of_bounds():
     model = gpt2.GPT2(SMALL)
     for ids, *options in [([1, 2],), ([[17]],), ([[]],), ([[1]], -1), ([[1]], math.nan),
@@ -1129,7 +1135,11 @@ def test_processes_train_as_one_does_and_end_together(train, rank, name, statuse
     that is to stop does not validate. Measured: equal to the log's last digit."""
     options = f"{TINY} --steps 30 --save_every 5"
     assert train(options, "--out one") == 0
-    program = program_with("", 20, f"os.environ['RANK'] == '{rank}' and raise_signal({name})")
+    program = program_with("" if rank else f"""
+def report(run, step, *args, report=gpt2.Run.report):
+    report(run, step, *args)
+    step == 19 and raise_signal({name})  # after the sum: both stop after the next step
+gpt2.Run.report = report""", 20, f"os.environ['RANK'] == '1' == '{rank}' and raise_signal({name})")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -1523,7 +1533,7 @@ def test_prepro_prints_a_command_that_runs_and_replaces_no_other_text(train, mon
 
 @pytest.mark.parametrize("program, arguments, file, content, message", [
     (PREPRO, "--text a.txt", "a.txt", b"ab\xff", "a.txt: byte 2 is not UTF-8; save it as UTF-8"),
-    (PREPRO, "--text a.txt", "a.txt", b"ab", "a: 2 characters are too few; give more text"),
+    (PREPRO, "--text a.txt", "a.txt", b"abc", "a: 3 characters are too few; give more text"),
     (PREPRO, "--text a.txt --tokenizer gpt2", "a.txt", b"ab", "GPT-2's tokens need tiktoken"),
     (PREPRO, "", "data/tinyshakespeare.txt", b"ab", "tinyshakespeare.txt is another text: its SHA"),
     (PREPRO, "", "a.txt", b"", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
