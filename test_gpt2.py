@@ -1375,6 +1375,16 @@ def test_command_has_these_defaults(tmp_path, monkeypatch, arguments, changes):
     assert vars(args) == DEFAULTS | changes
 
 
+def test_command_resumes_runs_of_versions_with_other_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_model("out/step_000001")
+    options = {"tokenizer": "byte", "train_bin": "t", "val_bin": "v", "steps": 9, "other": 1}
+    monkeypatch.setattr(gpt2, "read_state", lambda folder: {
+        "step": 1, "options": options | vars(SMALL)})
+    args, _ = gpt2.parse_arguments(["--resume", "--seq_len", "8"])
+    assert args.steps == 9 and args.val_bin == str(Path("out/v"))
+
+
 def test_command_refuses_numbers_out_of_bounds():
     bounds = {
         (0, 2**32): "steps warmup seed eval_tokens max_new_tokens",

@@ -1934,7 +1934,8 @@ def parse_arguments(argv):
         sizes = asdict(read_config(folder)) | {"tokenizer": options["tokenizer"]}
         for name in "train_bin", "val_bin":
             options[name] = os.path.normpath(os.path.join(first.out, options[name]))
-        argv = [f"--{name}={x}" for name, x in options.items() if x is not None] + argv
+        argv = [f"--{name}={x}" for name, x in options.items()
+                if x is not None and name in vars(first)] + argv  # other versions may have others
     args = parser.parse_args(argv)
     for name, value in sizes.items() if folder else ():
         require(getattr(args, name, value) == value, f"--{name} {getattr(args, name, value)} does "
