@@ -1262,6 +1262,22 @@ def test_pool_raises_an_error_of_any_thread_when_all_have_finished():
         assert sorted(finished[3 * bad:]) == [(bad, item) for item in range(4) if item != bad]
 
 
+def test_pool_begins_nothing_new_after_an_interrupt():
+    pool = gpt2.Pool(2)
+    done = []
+
+    def work(item):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        done.append(item)
+        time.sleep(0.001)
+    with pytest.raises(KeyboardInterrupt):
+        pool(work, range(100))
+    n = len(done)
+    time.sleep(0.01)
+    assert len(done) == n < 50
+
+
 def losses_and_numbers(n_shards):
     """What three steps of a new model give, bit for bit."""
     model = gpt2.GPT2(gpt2.GPTConfig(257, 128, 128, 2, 4))
